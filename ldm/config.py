@@ -1,0 +1,43 @@
+"""Reading YAML in the CompVis form: `model: {target, params}`, `data:`, `lightning:`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.errors import ConfigError
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """Read one YAML file. Raises ConfigError where it is missing, unreadable or not a mapping."""
+    path = Path(path)
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config at {path}; the shipped ones are under configs/ and models/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        where = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {where}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path} must be a YAML mapping with a `model:` section, got {type(config).__name__}")
+    return config
+
+
+def merge_configs(paths: Iterable[str | Path], dotlist: Iterable[str] = ()) -> DictConfig:
+    """Merge YAML files from left to right, then `key.sub=value` overrides."""
+    try:
+        return OmegaConf.merge(*(load_config(path) for path in paths), OmegaConf.from_dotlist(list(dotlist)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configs cannot be merged: {error}") from error
+
+
+def model_section(config: DictConfig, source: str | Path = "the config") -> DictConfig:
+    """The `model:` section. Raises ConfigError where it, or its target, is missing."""
+    section = config.get("model")
+    if not isinstance(section, DictConfig) or "target" not in section:
+        raise ConfigError(f"{source} has no model section with a target; is it a Stable Diffusion config?")
+    return section

@@ -1,0 +1,1 @@
+"""Datasets and the data module that training configs name."""

@@ -1,0 +1,1 @@
+"""Whole models, built from a config and filled from a checkpoint."""

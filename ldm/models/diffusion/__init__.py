@@ -1,0 +1,1 @@
+"""Diffusion models, and the old sampler classes over ldm.sampling."""

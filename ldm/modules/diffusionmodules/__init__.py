@@ -1,0 +1,1 @@
+"""The UNet, the autoencoder's encoder and decoder, and their parts."""

@@ -1,0 +1,1 @@
+"""Encoders of conditions: text, pictures, classes."""
