@@ -1,0 +1,35 @@
+"""A network, its parameterization and its guidance as one function: (x, level) -> Prediction."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.sampling.guidance import ApplyModel, Predict, guide
+from ldm.sampling.prediction import Level, Prediction, to_prediction
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What samplers call: x (b, c, h, w) at a level -> the clean latent and the noise in it.
+
+    predict: (x, t (b,)) -> the network's output, guidance included; kind: what that output is, eps, v or x0.
+    """
+
+    predict: Predict
+    kind: str = "eps"
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        return to_prediction(self.kind, x, self.predict(x, timestep(level.t, x)), level)
+
+
+def timestep(t: float, x: Tensor) -> Tensor:
+    """t for each latent of a batch (b, ...): int64 at a trained step, else float32."""
+    dtype = torch.long if isinstance(t, int) else torch.float32
+    return torch.full((x.shape[0],), t, device=x.device, dtype=dtype)
+
+
+def denoiser(apply_model: ApplyModel, kind: str, cond: Any, uncond: Any = None, scale: float = 1.0) -> Denoiser:
+    """Denoise with `model.apply_model`, `model.parameterization` and classifier-free guidance (see `guide`)."""
+    return Denoiser(guide(apply_model, cond, uncond, scale), kind)
