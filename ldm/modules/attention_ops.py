@@ -1,0 +1,60 @@
+"""Three ways to compute softmax(q k^T * scale) v, and the one setting that picks among them for the whole process.
+
+    sdpa    torch's fused kernels: the fastest, and no score matrix is ever stored
+    sliced  a few query rows at a time, for devices whose fused kernel stores the whole score matrix
+    math    the plain formula with a float32 softmax, as a reference
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Most score entries that `sliced` holds at once: 256 MiB in float32.
+SLICE_ENTRIES = 2**26
+
+_method = "sdpa"
+
+
+def set_attention(method: str) -> str:
+    """Choose `sdpa`, `sliced` or `math` for every attention layer of the process; gives back the previous choice."""
+    global _method
+    if method not in METHODS:
+        raise ValueError(f"attention must be one of {', '.join(METHODS)}, got {method!r}")
+    previous, _method = _method, method
+    return previous
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1).
+
+    q: (b, heads, n, d); k, v: (b, heads, m, d); mask: booleans that broadcast to (b, heads, n, m), True where a key may
+    be seen. Returns (b, heads, n, d).
+    """
+    return METHODS[_method](q, k, v, scale, mask)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    scores = (q * scale) @ k.transpose(-1, -2)  # scaled first: q k^T alone leaves the range of float16
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _sliced(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    b, heads, n, _ = q.shape
+    rows = max(1, SLICE_ENTRIES // (b * heads * k.shape[2]))
+    if rows >= n:
+        return _math(q, k, v, scale, mask)
+    queries = q.split(rows, dim=2)
+    per_row = mask is not None and mask.shape[-2] > 1
+    masks = mask.split(rows, dim=-2) if per_row else [mask] * len(queries)
+    return torch.cat([_math(part, k, v, scale, seen) for part, seen in zip(queries, masks)], dim=2)
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "sliced": _sliced, "math": _math}
