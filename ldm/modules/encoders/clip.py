@@ -1,0 +1,205 @@
+"""The CLIP transformers (Radford et al. 2021), under the names that `transformers` gave the weights: pre-norm blocks of
+self-attention and a two-layer perceptron, causal for text."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU, x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The shape of one tower; `ff` is the width inside the perceptron, 4 * width where it is None.
+
+    Text reads vocabulary, length and eos (the id whose position is pooled; None for the largest id of a row), pictures
+    image and patch (sides in pixels).
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ff: int | None = None
+    act: str = "quick_gelu"
+    eps: float = 1e-5
+    vocabulary: int = 49408
+    length: int = 77
+    eos: int | None = 49407
+    image: int = 224
+    patch: int = 14
+
+
+class ClipOutput(NamedTuple):
+    """What a tower makes of its input.
+
+    last_hidden_state (b, n, c); pooler_output (b, c); hidden_states: None, or the embeddings and what follows each layer.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over `heads` equal slices of the channels: (b, n, c) -> (b, n, c)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)
+
+
+class ClipAttention(nn.Module):
+    def __init__(self, config: ClipConfig, causal: bool):
+        super().__init__()
+        self.heads, self.causal = config.heads, causal
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
+
+
+class ClipMLP(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        inner = config.ff or 4 * config.width
+        self.act = ACTIVATIONS[config.act]
+        self.fc1 = nn.Linear(config.width, inner)
+        self.fc2 = nn.Linear(inner, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ClipLayer(nn.Module):
+    def __init__(self, config: ClipConfig, causal: bool):
+        super().__init__()
+        self.self_attn = ClipAttention(config, causal)
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = ClipMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipEncoder(nn.Module):
+    """The stack of layers, which returns the embeddings and what follows each layer: layers + 1 tensors (b, n, c)."""
+
+    def __init__(self, config: ClipConfig, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(ClipLayer(config, causal) for _ in range(config.layers))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return tuple(states)
+
+
+def positions(length: int) -> Tensor:
+    """0 ... length - 1 as (1, length), which is real also while a model is built on the meta device."""
+    with torch.device("cpu"):
+        return torch.arange(length)[None]
+
+
+class ClipTextEmbeddings(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.position_embedding = nn.Embedding(config.length, config.width)
+        self.register_buffer("position_ids", positions(config.length))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if position_ids is None:
+            position_ids = self.position_ids[:, :input_ids.shape[1]]
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+class ClipTextModel(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.eos = config.eos
+        self.embeddings = ClipTextEmbeddings(config)
+        self.encoder = ClipEncoder(config, causal=True)
+        self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, output_hidden_states: bool = False
+    ) -> ClipOutput:
+        states = self.encoder(self.embeddings(input_ids=input_ids, position_ids=position_ids))
+        last = self.final_layer_norm(states[-1])
+        end = (input_ids if self.eos is None else (input_ids == self.eos).int()).argmax(dim=-1)
+        pooled = last[torch.arange(len(last), device=last.device), end.to(last.device)]
+        return ClipOutput(last, pooled, states if output_hidden_states else None)
+
+
+class ClipTextTransformer(nn.Module):
+    """The text tower with the checkpoints' keys, `text_model.*`.
+
+    input_ids (b, n) int64, n <= config.length -> ClipOutput: the last state is normed, the hidden ones are not, and the
+    pooled one is that of the first end mark of each row.
+    """
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = ClipTextModel(config)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, output_hidden_states: bool = False
+    ) -> ClipOutput:
+        return self.text_model(input_ids, position_ids, output_hidden_states)
+
+
+class ClipVisionEmbeddings(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        count = (config.image // config.patch) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.randn(config.width))
+        self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=config.patch, stride=config.patch, bias=False)
+        self.position_embedding = nn.Embedding(count, config.width)
+        self.register_buffer("position_ids", positions(count))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (b, patches, c)
+        mark = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([mark, patches], dim=1) + self.position_embedding(self.position_ids)
+
+
+class ClipVisionModel(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.embeddings = ClipVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.width, eps=config.eps)  # so spelt in the checkpoints
+        self.encoder = ClipEncoder(config, causal=False)
+        self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
+
+    def forward(self, pixels: Tensor) -> ClipOutput:
+        last = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))[-1]
+        return ClipOutput(last, self.post_layernorm(last[:, 0]))
+
+
+class ClipVisionTransformer(nn.Module):
+    """The picture tower with the checkpoints' keys, `vision_model.*`.
+
+    pixels (b, 3, config.image, config.image), normalised -> ClipOutput; the pooled state is that of the class mark.
+    """
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = ClipVisionModel(config)
+
+    def forward(self, pixels: Tensor) -> ClipOutput:
+        return self.vision_model(pixels)
