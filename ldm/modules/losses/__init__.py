@@ -1,0 +1,5 @@
+"""Losses of the autoencoders."""
+
+from ldm.modules.losses.contperceptual import LPIPSWithDiscriminator
+
+__all__ = ["LPIPSWithDiscriminator"]
