@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.13",
     "numpy>=1.26",
     "omegaconf>=2.3",
     "einops>=0.8",

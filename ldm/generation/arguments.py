@@ -1,0 +1,154 @@
+"""The command line, declared once: options keep their CompVis spelling and show their default. No torch."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from ldm.generation.options import PRECISIONS, SAFETY_ACTIONS, WATERMARK, ModelOptions, RunOptions
+from ldm.generation.request import (
+    ETA_SAMPLERS,
+    LONG_PROMPTS,
+    SAMPLERS,
+    SCHEDULES,
+    SEED_MODES,
+    Request,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes `-` and `_` in option names alike, and says what is wrong in one line."""
+
+    def __init__(self, description: str | None, **kwargs: Any):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        spelled = {name.replace("-", "_"): name for name in self._option_string_actions if name.startswith("--")}
+
+        def respell(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            return spelled.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else argument
+
+        return super().parse_known_args([respell(one) for one in (sys.argv[1:] if args is None else args)], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def add_prompts(parser: Parser, prompt: str) -> None:
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--prompt", default=prompt, metavar="TEXT", help="the prompt (default: %(default)s)")
+    group.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to steer away from")
+    group.add_argument("--from-file", metavar="FILE", help="draw each line of a UTF-8 file instead of --prompt")
+    group.add_argument("--long_prompt", choices=LONG_PROMPTS, default=Request.long_prompt,
+                       help="a prompt past 77 tokens is cut, or encoded in chunks of 75 (default: %(default)s)")
+
+
+def add_sampling(
+    parser: Parser,
+    sampler: str,
+    scale: float,
+    steps: Sequence[str] = ("--ddim_steps", "--steps"),
+    eta: Sequence[str] = ("--ddim_eta",),
+) -> None:
+    """steps, eta: the spellings of these two options."""
+    group = parser.add_argument_group("how to sample")
+    group.add_argument("--sampler", choices=SAMPLERS, default=sampler, metavar="NAME",
+                       help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)")
+    group.add_argument("--plms", dest="sampler", action="store_const", const="plms", help="the same as --sampler plms")
+    group.add_argument("--dpm_solver", dest="sampler", action="store_const", const="dpm_solver",
+                       help="the same as --sampler dpm_solver")
+    group.add_argument("--solver_order", type=int, choices=(2, 3), default=Request.solver_order,
+                       help="order of dpm_solver (default: %(default)s)")
+    group.add_argument("--solver_method", choices=("multistep", "singlestep"), default=Request.solver_method,
+                       help="how dpm_solver reaches its order (default: %(default)s)")
+    group.add_argument("--schedule", choices=SCHEDULES, default=Request.schedule,
+                       help="how the noise levels are spaced; default is the sampler's own (default: %(default)s)")
+    group.add_argument(*steps, dest="steps", type=int, default=Request.steps, metavar="N",
+                       help="denoising steps of any sampler (default: %(default)s)")
+    group.add_argument(*eta, dest="eta", type=float, default=Request.eta, metavar="X",
+                       help=f"noise added at each step, 0 to 1, with {', '.join(ETA_SAMPLERS)} (default: %(default)s)")
+    group.add_argument("--scale", type=float, default=scale, metavar="X",
+                       help="guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=Request.seed, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--seed_mode", choices=SEED_MODES, default=Request.seed_mode,
+                       help="run: one noise a batch on the sampling device, as CompVis; image: seed, seed+1, ... "
+                       "drawn on the CPU, the same on any device and at any batch size (default: %(default)s)")
+    group.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
+
+
+def add_size(parser: Parser) -> None:
+    group = parser.add_argument_group("size (default: the model's native one, or that of the picture)")
+    group.add_argument("--H", dest="height", type=int, metavar="PIXELS", help="height")
+    group.add_argument("--W", dest="width", type=int, metavar="PIXELS", help="width")
+
+
+def add_latents(parser: Parser) -> None:
+    group = parser.add_argument_group("latents (the config says both; given here, they are checked against it)")
+    group.add_argument("--C", dest="channels", type=int, metavar="N", help="latent channels")
+    group.add_argument("--f", dest="factor", type=int, metavar="N", help="downsampling factor of the autoencoder")
+
+
+def add_model(parser: Parser, ckpt: str | None = ModelOptions.ckpt) -> None:
+    group = parser.add_argument_group("model")
+    if ckpt is not None:
+        group.add_argument("--ckpt", default=ckpt, metavar="FILE",
+                           help="weights, .ckpt or .safetensors (default: %(default)s)")
+    group.add_argument("--config", metavar="YAML",
+                       help="how the model is built (default: config.yaml beside the weights, else as they tell)")
+    group.add_argument("--use_ema", action=argparse.BooleanOptionalAction,
+                       help="take the averaged weights (default: as the config says)")
+    group.add_argument("--device", default=ModelOptions.device, metavar="NAME",
+                       help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    group.add_argument("--precision", choices=PRECISIONS, default=ModelOptions.precision,
+                       help="auto is bf16 on a processor that computes in it, fp16 on an accelerator, else full "
+                       "(default: %(default)s)")
+    group.add_argument("--offline", action="store_true", help="never reach for the network")
+
+
+def add_output(
+    parser: Parser,
+    outdir: str,
+    n_iter: int,
+    batch_size: int,
+    outdir_option: Sequence[str] = ("--outdir",),
+    batch_option: str = "--n_samples",
+    verbose: Sequence[str] = ("-v", "--verbose"),
+) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument(*outdir_option, dest="outdir", default=outdir, metavar="DIR", help="(default: %(default)s)")
+    group.add_argument("--n_iter", type=int, default=n_iter, metavar="N", help="rounds (default: %(default)s)")
+    group.add_argument(batch_option, dest="batch_size", type=int, default=batch_size, metavar="N",
+                       help="pictures sampled together (default: %(default)s)")
+    group.add_argument("--n_rows", type=int, default=RunOptions.n_rows, metavar="N",
+                       help=f"pictures in a row of the grid; 0 takes {batch_option[2:]} (default: %(default)s)")
+    group.add_argument("--skip_grid", action="store_true", help="write no grid")
+    group.add_argument("--skip_save", action="store_true", help="write no single pictures")
+    group.add_argument("--watermark", type=lambda text: "" if text == "off" else text, default=WATERMARK,
+                       metavar="TEXT", help="invisible watermark; off writes none (default: %(default)s)")
+    group.add_argument("--safety", choices=SAFETY_ACTIONS, default=RunOptions.safety,
+                       help="what is done with a picture that the safety checker flags; auto flags it where the "
+                       "checker's weights are at hand (default: %(default)s)")
+    group.add_argument("-q", "--quiet", action="store_const", dest="verbosity", const=-1, default=0, help="only errors")
+    group.add_argument(*verbose, action="store_const", dest="verbosity", const=1, help="more of what is done")
+
+
+def add_picture(parser: Parser, strength: float):
+    """Gives the group, for a script that has more to add to it."""
+    group = parser.add_argument_group("what to start from")
+    group.add_argument("--init-img", metavar="FILE", help="the picture to start from")
+    group.add_argument("--strength", type=float, default=strength, metavar="X",
+                       help="how much of the picture is noised away: 0 keeps it, 1 forgets it (default: %(default)s)")
+    return group
+
+
+def add_replay(parser: Parser) -> None:
+    group = parser.add_argument_group("again")
+    group.add_argument("--replay", metavar="PNG", help="make this picture again, from the record in it")
+
+
+def pick(kind: type, args: argparse.Namespace, **given: Any):
+    """Make a `kind` (a dataclass of settings) from the options of the same names; what is `given` wins."""
+    named = {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
+    return kind(**{**named, **given})

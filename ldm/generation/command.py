@@ -1,0 +1,96 @@
+"""What scripts do around their own few lines: options in, pictures out, an exit code. Imports torch only to draw."""
+
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ldm.errors import LdmError, RequestError
+from ldm.generation.arguments import pick
+from ldm.generation.options import ModelOptions, RunOptions
+from ldm.generation.request import Request, read_prompts
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+
+
+def execute(main: Callable[[], int]) -> int:
+    """Run a script and give its exit code; what goes wrong in a way that we know is one line on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return main()
+    except LdmError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        logger.error("interrupted; the pictures written so far are whole")
+        return INTERRUPTED
+
+
+def set_up(args: Namespace) -> None:
+    """Settle what holds for the whole process: how much is logged, and whether a library may reach for the network."""
+    logging.getLogger().setLevel(logging.ERROR if args.verbosity < 0 else logging.WARNING)
+    logging.getLogger("ldm").setLevel({-1: logging.ERROR, 0: logging.INFO, 1: logging.DEBUG}[args.verbosity])
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def texts(args: Namespace) -> list[str]:
+    """The prompts of the file, or as many copies of the one prompt as there are pictures in a batch."""
+    return read_prompts(args.from_file) if args.from_file else [args.prompt] * args.batch_size
+
+
+def draw(args: Namespace, requests: Sequence[Request]) -> int:
+    """Draw the requests with the model that the options name, print the path of each file, and give the exit code."""
+    set_up(args)
+    model, run = pick(ModelOptions, args), pick(RunOptions, args)
+
+    from ldm.generation.loading import choose, open_run
+
+    chosen = choose(model)
+    chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
+    return open_run(requests, model, run, print, chosen).draw(requests).exit_code
+
+
+def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
+    """As `draw`, each picture into the output folder under its own name; what is there already is left out."""
+    set_up(args)
+    missing = {request: name for request, name in names.items() if not (Path(args.outdir) / name).exists()}
+    if len(missing) < len(names):
+        logger.warning("%d pictures are in %s already and are left as they are", len(names) - len(missing), args.outdir)
+    if not missing:
+        return 0
+    model, run = pick(ModelOptions, args), pick(RunOptions, args)
+
+    from ldm.generation.loading import choose, open_run
+
+    return open_run(list(missing), model, run, print, choose(model)).draw_files(missing).exit_code
+
+
+def mask_pairs(folder: str) -> list[tuple[Path, Path]]:
+    """Each NAME.png of a folder that has a NAME_mask.png, with its mask. Raises RequestError where there is no pair."""
+    pairs = [(mask.with_name(mask.name.replace("_mask.png", ".png")), mask) for mask in Path(folder).glob("*_mask.png")]
+    if not pairs:
+        raise RequestError(f"{folder} has no pair NAME.png, NAME_mask.png in it")
+    return sorted(pairs)
+
+
+def replay(args: Namespace) -> int:
+    """Make the picture `args.replay` again, with the settings that it records, and give the exit code."""
+    set_up(args)
+
+    from ldm.generation.loading import choose, open_run
+    from ldm.generation.record import Replay
+
+    recorded = Replay.read(args.replay)
+    how = recorded.how
+    model = replace(pick(ModelOptions, args), precision=how["precision"], device=how["device"], use_ema=how["use_ema"])
+    run = RunOptions(outdir=args.outdir, skip_grid=True, watermark=how["watermark"], safety=how["safety"])
+    ready = open_run(recorded.requests, model, run, print, choose(model))
+    if ready.recorder.sha256 != recorded.sha256:
+        logger.warning("the picture was made with another checkpoint (sha256 %s): it will differ", recorded.sha256)
+    return ready.redraw(recorded).exit_code

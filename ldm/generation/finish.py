@@ -1,0 +1,65 @@
+"""What is done to a drawn picture before it is written: the safety checker and the invisible watermark."""
+
+import logging
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ldm.generation.options import RunOptions
+from ldm.generation.pipeline import Picture
+from ldm.generation.request import Request
+from ldm.image.watermark import stamp
+from ldm.safety import SafetyChecker, apply
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture as it is written, the same without its watermark (for the grid), and what was done to it.
+
+    watermark: the method that it can be read back with, or None. safety: what the checker found, "" where none looked.
+    """
+
+    image: Image.Image
+    unmarked: Image.Image
+    request: Request
+    watermark: str | None
+    safety: str
+    cut: str
+
+
+class Finisher:
+    """Checks and marks pictures as the options say."""
+
+    def __init__(self, options: RunOptions):
+        self.text = options.watermark
+        self.action = options.safety
+        self.checker = None if self.action == "off" else SafetyChecker.load(required=self.action != "auto")
+        if self.action == "auto":
+            self.action = "flag"
+            if self.checker is None:
+                logger.info("no safety checker: its weights are not at hand")
+
+    def __call__(self, picture: Picture) -> Finished:
+        image, found = self.check(picture.image)
+        marked, method = self.mark(image)
+        return Finished(marked, image, picture.request, method, found, picture.cut)
+
+    def check(self, image: Image.Image) -> tuple[Image.Image, str]:
+        """The picture after the safety action, and what the checker says of it."""
+        if self.checker is None:
+            return image, ""
+        verdict = self.checker.check([image])[0]
+        if verdict.flagged:
+            logger.warning("the safety checker flags a picture (%s): %s", ", ".join(verdict.concepts), self.action)
+        return apply(image, verdict, self.action), f"flagged, {self.action}" if verdict.flagged else "passed"
+
+    def mark(self, image: Image.Image) -> tuple[Image.Image, str | None]:
+        """The picture with its watermark and the method that reads it back, or the picture as it was and None."""
+        if not self.text:
+            return image, None
+        stamped = stamp(image, self.text)
+        if stamped.note:
+            logger.warning("%s", stamped.note)
+        return stamped.image, stamped.method

@@ -1,0 +1,48 @@
+"""The sizes that a model works in, read from its config before any weight is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ldm.errors import ConfigError, RequestError
+from ldm.generation.request import Request, check_side
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Channels and factor of the latents; the native side in pixels; the step that a side must be a multiple of."""
+
+    channels: int
+    factor: int
+    side: int
+    step: int
+
+    def size(self, request: Request) -> tuple[int, int]:
+        """Width and height in pixels. Raises RequestError for a side that cannot be halved evenly."""
+        width, height = request.width or self.side, request.height or self.side
+        check_side("W", width, self.step)
+        check_side("H", height, self.step)
+        return width, height
+
+    def latent(self, width: int, height: int) -> tuple[int, int, int]:
+        """The latent's shape (c, h, w) for a picture in pixels."""
+        return self.channels, height // self.factor, width // self.factor
+
+    def check(self, channels: int | None, factor: int | None) -> None:
+        """Hold what the command line says of the latents (--C, --f) against the config."""
+        for name, said, is_ in (("C", channels, self.channels), ("f", factor, self.factor)):
+            if said is not None and said != is_:
+                raise RequestError(f"{name} is {is_} in this model, got {said}; leave the option out")
+
+
+def geometry(model_section: Mapping) -> Geometry:
+    """Read the `model:` section of a config. Raises ConfigError where it does not describe a latent diffusion model."""
+    try:
+        params = model_section["params"]
+        first_stage = params["first_stage_config"]["params"]
+        factor = 2 ** (len(first_stage["ddconfig"]["ch_mult"]) - 1) if "ddconfig" in first_stage else 1
+        levels = len(params["unet_config"]["params"].get("channel_mult", (1, 2, 4, 8)))
+        sides = params.get("image_size", 32)
+        side = sides if isinstance(sides, int) else max(sides)
+        return Geometry(params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the model section is not that of a latent diffusion model: {error} is missing") from error

@@ -1,0 +1,68 @@
+"""The pictures that a request starts from, made to fit the model."""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.generation.geometry import Geometry
+from ldm.generation.request import Request
+from ldm.image.io import fit, read_image, read_mask, to_array
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The picture to start from and the mask of what is repainted (white), of the size in pixels that is drawn."""
+
+    width: int
+    height: int
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    def tensors(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The picture (1, 3, h, w) in [-1, 1] and the mask (1, 1, h, w), 1 where it is repainted; None where absent."""
+        image = mask = None
+        if self.image is not None:
+            image = torch.from_numpy(to_array(self.image)).permute(2, 0, 1)[None].to(device)
+        if self.mask is not None:
+            mask = torch.from_numpy(np.array(self.mask, dtype=np.float32) / 255)[None, None].to(device)
+        return image, mask
+
+    def keep_unmasked(self, drawn: Image.Image) -> Image.Image:
+        """Put back every pixel that was not to be repainted, unchanged."""
+        return drawn if self.mask is None else Image.composite(drawn, self.image, self.mask)
+
+
+def read_inputs(request: Request, geometry: Geometry) -> Inputs:
+    """Read what a request starts from, at the size that is drawn. Raises ImageError, RequestError."""
+    if request.init_img is None:
+        return Inputs(*geometry.size(request))
+    return _read_inputs(request.init_img, request.mask, request.width, request.height, geometry)
+
+
+@lru_cache(maxsize=4)
+def _read_inputs(init_img: str, mask: str | None, width: int | None, height: int | None, geometry: Geometry) -> Inputs:
+    image = read_image(init_img)
+    own = image.size
+    if width or height:
+        size = geometry.size(Request(width=width or own[0], height=height or own[1]))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    image = fit(image, geometry.step).image
+    if image.size != own:
+        logger.warning("%s is resized from %dx%d to %dx%d", init_img, *own, *image.size)
+    if mask is None:
+        return Inputs(*image.size, image)
+    fitted = read_mask(mask, own)
+    if fitted.changed:
+        logger.warning("the mask %s is not of the size of %s: it is resized to it", mask, init_img)
+    return Inputs(*image.size, image, read_mask(mask, image.size).image)

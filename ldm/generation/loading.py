@@ -1,0 +1,88 @@
+"""From options to a run that is ready to draw: what can be checked is checked before a weight is read."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.checkpoint import open_checkpoint
+from ldm.config import load_config, model_section
+from ldm.errors import CheckpointError
+from ldm.generation.batch import Run
+from ldm.generation.geometry import Geometry, geometry
+from ldm.generation.inputs import read_inputs
+from ldm.generation.options import ModelOptions, RunOptions, find
+from ldm.generation.pipeline import Pipeline
+from ldm.generation.record import Recorder
+from ldm.generation.request import Request
+from ldm.image.io import check_outdir
+from ldm.memory import DTYPES, pick_device, pick_precision, place
+from ldm.models.load import load_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The files of a model, its `model:` section, and the sizes that it works in."""
+
+    config: Path
+    checkpoint: Path
+    section: DictConfig
+    geometry: Geometry
+
+
+def choose(options: ModelOptions) -> Chosen:
+    """Find the config and the checkpoint. Without a config, a checkpoint that tells its family names the shipped one.
+
+    Raises ConfigError, CheckpointError.
+    """
+    checkpoint = find(options.ckpt)
+    if not checkpoint.exists() and options.ckpt == ModelOptions.ckpt:
+        raise CheckpointError(
+            f"there is no checkpoint at {options.ckpt}: put a Stable Diffusion v1 file there (sd-v1-4.ckpt of "
+            "huggingface.co/CompVis/stable-diffusion-v-1-4-original, say), or name yours with --ckpt FILE"
+        )
+    config = find(options.config or shipped_config(checkpoint))
+    section = model_section(load_config(config), config)
+    return Chosen(config, checkpoint, section, geometry(section))
+
+
+def shipped_config(checkpoint: Path) -> str:
+    """The config that belongs to what the checkpoint says it is; the one beside it comes first."""
+    beside = checkpoint.parent / "config.yaml"
+    if beside.exists():
+        return str(beside)
+    family = open_checkpoint(checkpoint).family
+    if family is None or not family.config:
+        raise CheckpointError(f"{checkpoint} does not tell which model it is: name its YAML with --config")
+    logger.info("%s is a %s checkpoint: using %s", checkpoint, family.name, family.config)
+    return family.config
+
+
+def open_run(
+    requests: Sequence[Request], model: ModelOptions, options: RunOptions, saved: Callable[[Path], None], chosen: Chosen
+) -> Run:
+    """Check each request against the model's sizes, its input pictures and the output folder, then load the model.
+
+    Raises RequestError, ModelError, OutOfMemory.
+    """
+    device = pick_device(model.device)
+    for request in dict.fromkeys(requests):
+        read_inputs(request, chosen.geometry)
+    check_outdir(options.outdir)
+    precision = pick_precision(model.precision, device)
+    loaded = load_model(
+        chosen.config, chosen.checkpoint, device=device, dtype=DTYPES[precision], use_ema=model.use_ema
+    )
+    how = {
+        "device": device.type,
+        "precision": precision,
+        "use_ema": model.use_ema,
+        "watermark": options.watermark,
+        "safety": options.safety,
+    }
+    recorder = Recorder(chosen.config, chosen.checkpoint, how)
+    return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, recorder, saved)

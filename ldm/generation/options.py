@@ -1,0 +1,63 @@
+"""How a run is carried out: which model, on what, and where the pictures go. Standard library only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.errors import RequestError
+from ldm.generation.request import check_choice
+
+PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
+SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
+WATERMARK = "StableDiffusionV1"
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which weights, read through which YAML, and where and in what precision they run.
+
+    config: None takes the one beside the checkpoint, else the shipped one of the family that the checkpoint tells.
+    use_ema: True for the averaged weights, False for the others, None for what the config says.
+    """
+
+    config: str | None = None
+    ckpt: str = "models/ldm/stable-diffusion-v1/model.ckpt"
+    use_ema: bool | None = None
+    device: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How many pictures, in what groups, and what is done with each.
+
+    batch_size: pictures sampled together. n_iter: how often the whole list of requests is gone through.
+    n_rows: pictures in a row of the grid, 0 for the batch size. watermark: the text to embed, "" for none.
+    """
+
+    outdir: str = "outputs"
+    batch_size: int = 3
+    n_iter: int = 1
+    n_rows: int = 0
+    skip_grid: bool = False
+    skip_save: bool = False
+    watermark: str = WATERMARK
+    safety: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("safety", self.safety, SAFETY_ACTIONS)
+        for name, low in (("batch_size", 1), ("n_iter", 1), ("n_rows", 0)):
+            if getattr(self, name) < low:
+                spelled = "n_samples" if name == "batch_size" else name
+                raise RequestError(f"{spelled} must be at least {low}, got {getattr(self, name)}")
+
+
+def find(path: str) -> Path:
+    """The file at `path`: in the working folder, else in the repository, so that scripts run from anywhere."""
+    given = Path(path).expanduser()
+    if not given.exists() and not given.is_absolute() and (REPOSITORY / given).exists():
+        return REPOSITORY / given
+    return given

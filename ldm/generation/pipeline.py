@@ -1,0 +1,94 @@
+"""A loaded model and how it runs: one batch of requests in, finished pictures out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from ldm import sampling
+from ldm.generation import stages
+from ldm.generation.geometry import Geometry
+from ldm.generation.inputs import read_inputs
+from ldm.generation.noise import Noise
+from ldm.generation.request import Request
+from ldm.image.io import to_image
+from ldm.memory import as_out_of_memory, autocast
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, the request that it answers, and the words of its prompt that the text encoder could not take."""
+
+    image: Image.Image
+    request: Request
+    cut: str = ""
+
+
+class Pipeline:
+    """Draws batches with one model. The requests of a batch differ in prompts, seeds and classes alone."""
+
+    def __init__(self, model: LatentDiffusion, geometry: Geometry, precision: str = "full"):
+        self.model = model
+        self.geometry = geometry
+        self.precision = precision
+        self.schedule = sampling.Schedule(model.alphas_cumprod)
+
+    @torch.inference_mode()
+    def generate(
+        self, batch: Sequence[Request], draw: Noise, on_step: Callable[[Tensor], None] = lambda x: None
+    ) -> list[Picture]:
+        """Sample and decode a batch; `on_step` is called with the latents (b, c, h, w) after each step.
+
+        Raises RequestError, NumericalError, OutOfMemory.
+        """
+        device = self.model.device
+        inputs = read_inputs(batch[0], self.geometry)
+        image, mask = inputs.tensors(device)
+        what = f"{len(batch)} pictures of {inputs.width}x{inputs.height} at once"
+        with as_out_of_memory(what), autocast(self.precision, device):
+            told = stages.condition(self.model, batch, image, mask)
+            latent = self._sample(batch, told, image, mask, inputs.size, draw, on_step)
+            pixels = stages.decode(self.model, latent)
+        cut = told.cut or [""] * len(batch)
+        drawn = [inputs.keep_unmasked(to_image(one.permute(1, 2, 0).numpy())) for one in pixels]
+        return [Picture(*parts) for parts in zip(drawn, batch, cut, strict=True)]
+
+    def _sample(
+        self,
+        batch: Sequence[Request],
+        told: stages.Condition,
+        image: Tensor | None,
+        mask: Tensor | None,
+        size: tuple[int, int],
+        draw: Noise,
+        on_step: Callable[[Tensor], None],
+    ) -> Tensor:
+        """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
+        request, model = batch[0], self.model
+        every = sampling.levels(self.schedule, request.sampler, request.steps, request.schedule)
+        strength = 1.0 if image is None else request.strength
+        start, levels = sampling.tail(every, strength, request.sampler, request.steps, request.schedule)
+        denoise = sampling.denoiser(
+            model.apply_model, model.parameterization, told.positive, told.negative, request.scale
+        )
+        blending = mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
+        clean = stages.first_latent(model, image) if start.alpha or blending else 0.0
+        keep = functional.interpolate(mask, size=clean.shape[-2:]) if blending else None
+
+        like = torch.empty(len(batch), *self.geometry.latent(*size), device=model.device)
+        x = start.alpha * clean + start.sigma * draw.start(like)
+        if blending and len(levels) > 1:
+            x = stages.blend(clean, x, keep, levels[0], draw(x))
+        options = {"eta": request.eta, "draw": draw}
+        if request.sampler == "dpm_solver":
+            options |= {"order": request.solver_order, "method": request.solver_method}
+        walk = sampling.SAMPLERS[request.sampler](denoise, x, levels, self.schedule, **options)
+        for x, level in zip(walk, levels[1:], strict=True):
+            if blending and level is not levels[-1]:
+                x.copy_(stages.blend(clean, x, keep, level, draw(x)))
+            on_step(x)
+        return x

@@ -1,0 +1,101 @@
+"""What is written into each PNG, and read back to make the same picture again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+
+from PIL.PngImagePlugin import PngInfo
+
+from ldm import __version__
+from ldm.checkpoint import checkpoint_hash
+from ldm.errors import ImageError, RequestError
+from ldm.generation.finish import Finished
+from ldm.generation.request import Request
+from ldm.image.metadata import format_parameters, read_record, sampler_label, to_pnginfo
+
+# Packages whose version may change a picture.
+PACKAGES = ("torch", "numpy", "transformers", "pillow", "invisible-watermark")
+
+
+class Recorder:
+    """Describes the pictures of one run; the checkpoint is hashed in the background while the first batch is sampled.
+
+    how: the settings of the run that change a picture: device, precision, watermark, safety, use_ema.
+    """
+
+    def __init__(self, config: Path, checkpoint: Path, how: Mapping[str, str]):
+        self.config = config
+        self.checkpoint = checkpoint
+        self.how = dict(how)
+        self.versions = {"ldm": __version__, **{name: version(name) for name in PACKAGES}}
+        self._sha256 = ""
+        self._hashing = Thread(target=self._hash, daemon=True)
+        self._hashing.start()
+
+    def _hash(self) -> None:
+        self._sha256 = checkpoint_hash(self.checkpoint)
+
+    @property
+    def sha256(self) -> str:
+        self._hashing.join()
+        return self._sha256
+
+    def png_info(self, made: Finished, batch: Sequence[Request], index: int, noise: list[list[int]]) -> PngInfo:
+        """The text chunks of one picture. noise: the `Noise.history` before its batch."""
+        request, (width, height) = batch[index], made.image.size
+        settings = {
+            "Steps": request.steps,
+            "Sampler": sampler_label(request.sampler, request.schedule),
+            "CFG scale": request.scale,
+            "Seed": request.seed,
+            "Size": f"{width}x{height}",
+            "Model hash": self.sha256[:10],
+            "Model": self.checkpoint.stem,
+            "Denoising strength": request.strength if request.init_img else None,
+            "Eta": request.eta or None,
+            "Version": f"ldm {__version__}",
+        }
+        record = {
+            "request": asdict(request),
+            "batch": {
+                "index": index,
+                "noise": noise,
+                "requests": [{name: getattr(one, name) for name in OF_A_PICTURE} for one in batch],
+            },
+            "run": self.how,
+            "model": {"config": self.config.name, "checkpoint": self.checkpoint.name, "sha256": self.sha256},
+            "made": {"watermark": made.watermark, "safety": made.safety, "cut": made.cut},
+            "versions": self.versions,
+        }
+        return to_pnginfo(format_parameters(request.prompt, request.negative_prompt, settings), record)
+
+
+# What the requests of one batch may differ in.
+OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "class_label")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recorded picture: its whole batch, its place in it, the noise drawn before, and how it was run."""
+
+    requests: tuple[Request, ...]
+    index: int
+    noise: list[list[int]]
+    how: dict[str, str]
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Replay":
+        """Read the record of a picture. Raises ImageError where it has none that can be used, RequestError."""
+        record = read_record(path)
+        try:
+            batch = record["batch"]
+            requests = tuple(Request.from_record({**record["request"], **one}) for one in batch["requests"])
+            noise = [[int(number) for number in numbers] for numbers in batch["noise"]]
+            return cls(requests, int(batch["index"]), noise, dict(record["run"]), str(record["model"]["sha256"]))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise ImageError(f"the record in {path} is not complete: {error!r}") from error

@@ -1,0 +1,118 @@
+"""What one picture is asked to be: every default, and every check that needs no model. Standard library only."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from ldm.errors import RequestError
+
+SAMPLERS = (
+    "plms", "ddim", "ddpm", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_a",
+    "euler", "euler_a", "heun", "lms", "dpm2", "dpm2_a", "unipc",
+)
+ETA_SAMPLERS = ("ddim",)
+SCHEDULES = ("default", "karras", "exponential", "trailing")
+SEED_MODES = ("run", "image")
+LONG_PROMPTS = ("cut", "chunk")
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: what to draw, how to sample it, and what to start from. It checks itself when it is made.
+
+    width, height: pixels, or None for the model's native size. strength: how much of `init_img` is noised away, 0 to 1.
+    seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
+    picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
+    Raises RequestError.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    sampler: str = "plms"
+    schedule: str = "default"
+    steps: int = 50
+    eta: float = 0.0
+    solver_order: int = 2
+    solver_method: str = "multistep"
+    scale: float = 7.5
+    seed: int = 42
+    seed_mode: str = "run"
+    fixed_code: bool = False
+    width: int | None = None
+    height: int | None = None
+    long_prompt: str = "cut"
+    init_img: str | None = None
+    mask: str | None = None
+    strength: float = 1.0
+    class_label: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("seed_mode", self.seed_mode, SEED_MODES)
+        check_choice("long_prompt", self.long_prompt, LONG_PROMPTS)
+        check_choice("solver_method", self.solver_method, ("multistep", "singlestep"))
+        check_choice("solver_order", self.solver_order, (2, 3))
+        check_range("ddim_steps", self.steps, 1, MAX_STEPS)
+        check_range("ddim_eta", self.eta, 0.0, 1.0)
+        check_range("strength", self.strength, 0.0, 1.0)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        if not math.isfinite(self.scale):
+            raise RequestError(f"scale must be a finite number, got {self.scale}; 7.5 is usual, 1 means no guidance")
+        if self.eta and self.sampler not in ETA_SAMPLERS:
+            raise RequestError(f"ddim_eta must be 0 with {self.sampler}, got {self.eta}; only ddim takes an eta")
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RequestError(f"{name} must be positive, got {value}; the model's native size needs no option")
+        if self.mask and not self.init_img:
+            raise RequestError("a mask needs the picture that it belongs to: give --init-img too")
+
+    def with_seed(self, seed: int) -> "Request":
+        return replace(self, seed=seed)
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Request":
+        """Read back what `dataclasses.asdict` wrote. Raises RequestError on a field that does not exist here."""
+        unknown = sorted(set(record) - {field.name for field in fields(cls)})
+        if unknown:
+            raise RequestError(f"this version does not know the settings {', '.join(unknown)}")
+        return cls(**record)
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise RequestError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Reject what is outside [low, high], not a number included."""
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be from {low} to {high}, got {value}")
+
+
+def check_side(name: str, value: int, step: int) -> None:
+    """Reject an image side, in pixels, that the autoencoder and the UNet cannot halve evenly."""
+    if value < step or value % step:
+        near = max(step, round(value / step) * step)
+        raise RequestError(f"{name} must be a positive multiple of {step}, got {value}; try {near}")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line, blank lines skipped. Raises RequestError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[:error.start].count(b"\n") + 1
+        raise RequestError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    except FileNotFoundError as error:
+        raise RequestError(f"there is no prompt file {path}") from error
+    except OSError as error:
+        raise RequestError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise RequestError(f"{path} has no prompts in it; write one on each line")
+    return prompts

@@ -1,0 +1,145 @@
+"""The stages of a picture: its condition, the latent that it starts from, its decoding."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ldm import sampling
+from ldm.errors import NumericalError, RequestError
+from ldm.generation.request import Request
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser is told, with and without guidance; `cut` holds the words of each prompt that did not fit."""
+
+    positive: Tensor | dict | None
+    negative: Tensor | dict | None
+    cut: tuple[str, ...] = ()
+
+
+def condition(model: LatentDiffusion, batch: Sequence[Request], image: Tensor | None, mask: Tensor | None) -> Condition:
+    """Encode the prompts, classes or pictures that this model takes.
+
+    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted. Raises RequestError where the
+    requests do not have what the model needs.
+    """
+    key = model.model.conditioning_key
+    if key == "concat":
+        return Condition(concat_condition(model, image, mask, len(batch)), None)
+    if model.cond_stage_model is None:
+        return Condition(None, None)
+    if hasattr(model.cond_stage_model, "n_classes"):
+        return class_condition(model, batch)
+    words = text_condition(model, batch)
+    if key != "hybrid":
+        return words
+    if not isinstance(model, LatentInpaintDiffusion) or mask is None:
+        raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask")
+    concat = masked_latents(model, image, mask, len(batch))
+
+    def with_picture(cross: Tensor | None) -> dict | None:
+        return None if cross is None else {"c_concat": [concat], "c_crossattn": [cross]}
+
+    return Condition(with_picture(words.positive), with_picture(words.negative), words.cut)
+
+
+def text_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Condition:
+    """Encode prompts, and their negatives where the scale asks for guidance: (b, tokens, channels) each."""
+    prompts = [request.prompt for request in batch]
+    negatives = [request.negative_prompt for request in batch]
+    guided = batch[0].scale != 1.0
+    encoder = model.cond_stage_model
+    if batch[0].long_prompt == "chunk":
+        if not hasattr(encoder, "encode_long"):
+            raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
+        count = max(len(encoder.chunks(text)) for text in prompts + (negatives if guided else []))
+        negative = encoder.encode_long(negatives, count) if guided else None
+        return Condition(encoder.encode_long(prompts, count), negative)
+    cut = tuple(encoder.dropped(prompt) for prompt in prompts) if hasattr(encoder, "dropped") else ()
+    positive = model.get_learned_conditioning(prompts)
+    return Condition(positive, model.get_learned_conditioning(negatives) if guided else None, cut)
+
+
+def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Condition:
+    """Embed class labels; guidance steers away from the last class, which such models keep for "no class"."""
+    encoder = model.cond_stage_model
+    labels = [request.class_label for request in batch]
+    if any(label is None or not 0 <= label < encoder.n_classes for label in labels):
+        raise RequestError(f"this model draws classes 0 to {encoder.n_classes - 1}: name some with --classes")
+
+    def embed(classes: Sequence[int]) -> Tensor:
+        return model.get_learned_conditioning({model.cond_stage_key: torch.tensor(classes, device=model.device)})
+
+    nothing = embed([encoder.n_classes - 1] * len(labels)) if batch[0].scale != 1.0 else None
+    return Condition(embed(labels), nothing)
+
+
+def masked_latents(model: LatentInpaintDiffusion, image: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The mask and the latent of the picture without its masked part, side by side: (count, 1 + c, h/f, w/f).
+
+    The part to repaint is set to 0, mid grey, as the Stable Diffusion inpainting models were trained.
+    """
+    latent = first_latent(model, image * (mask < 0.5))
+    small = functional.interpolate(mask, size=latent.shape[-2:])
+    parts = {"mask": small, model.masked_image_key: latent}
+    return torch.cat([parts[key] for key in model.concat_keys], dim=1).expand(count, -1, -1, -1)
+
+
+def concat_condition(model: LatentDiffusion, image: Tensor | None, mask: Tensor | None, count: int) -> Tensor:
+    """As above for the latent-diffusion inpainting model: the latent first, the mask in {-1, 1}, and a black hole."""
+    if image is None or mask is None:
+        raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py --indir FOLDER")
+    hole = (1 - mask) * (image + 1) - 1
+    latent = model.cond_stage_model.encode(hole)
+    small = functional.interpolate(mask * 2 - 1, size=latent.shape[-2:])
+    return torch.cat([latent, small], dim=1).expand(count, -1, -1, -1)
+
+
+def first_latent(model: LatentDiffusion, image: Tensor) -> Tensor:
+    """The scaled latent of a picture: the mean of the autoencoder's posterior, so that no noise is drawn for it.
+
+    image: (b, 3, h, w) in [-1, 1] -> (b, c, h/f, w/f).
+    """
+    posterior = model.encode_first_stage(image)
+    return model.get_first_stage_encoding(posterior.mode() if hasattr(posterior, "mode") else posterior)
+
+
+def blend(clean: Tensor, x: Tensor, mask: Tensor, level: sampling.Level, noise: Tensor) -> Tensor:
+    """Outside the mask, the given latent at this level of noise; inside, the one being sampled (mask 1 = sampled)."""
+    return x * mask + (1 - mask) * (level.alpha * clean + level.sigma * noise)
+
+
+def decode(model: LatentDiffusion, latent: Tensor) -> Tensor:
+    """Decode latents (b, c, h, w) to pixels (b, 3, h*f, w*f) on the CPU, one by one for the memory of a single picture.
+
+    Where half precision overflows, a picture is decoded again in float32. Raises NumericalError where that fails too.
+    """
+    if not torch.isfinite(latent).all():
+        raise NumericalError("the latents are not finite (NaN or infinity): try --precision full, or a lower --scale")
+    return torch.cat([decode_one(model, one) for one in latent.split(1)])
+
+
+def decode_one(model: LatentDiffusion, latent: Tensor) -> Tensor:
+    image = model.decode_first_stage(latent).float()
+    if torch.isfinite(image).all():
+        return image.cpu()
+    stage = model.first_stage_model
+    dtype = next(stage.parameters()).dtype
+    if dtype != torch.float32:
+        logger.warning("the autoencoder overflowed in %s: decoding again in float32", str(dtype).removeprefix("torch."))
+        stage.float()
+        try:
+            image = model.decode_first_stage(latent).float()
+        finally:
+            stage.to(dtype)
+    if not torch.isfinite(image).all():
+        raise NumericalError("the decoded picture is not finite: the checkpoint's autoencoder may be damaged")
+    return image.cpu()

@@ -1,0 +1,41 @@
+"""Pictures from a picture and a prompt, with a Stable Diffusion checkpoint in its original form.
+
+  python scripts/img2img.py --prompt "A fantasy landscape" --init-img sketch.jpg --strength 0.8
+
+The picture is turned upright, its transparent parts become white, and it is resized to multiples of 64.
+Writes OUTDIR/samples/00000.png and OUTDIR/grid-0000.png, going on from the highest number there, and prints each path.
+Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memory, 130 interrupted.
+"""
+
+import sys
+
+from ldm.generation import arguments
+from ldm.generation.command import draw, execute, replay, texts
+from ldm.generation.request import Request
+
+
+def parse(argv: list[str] | None = None):
+    parser = arguments.Parser(__doc__)
+    arguments.add_prompts(parser, "a painting of a virus monster playing guitar")
+    arguments.add_picture(parser, strength=0.75)
+    arguments.add_sampling(parser, sampler="ddim", scale=5.0)
+    arguments.add_size(parser)
+    arguments.add_latents(parser)
+    arguments.add_model(parser)
+    arguments.add_output(parser, "outputs/img2img-samples", n_iter=1, batch_size=2)
+    arguments.add_replay(parser)
+    args = parser.parse_args(argv)
+    if not (args.init_img or args.replay):
+        parser.error("name the picture to start from with --init-img FILE")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.replay:
+        return replay(args)
+    return draw(args, [arguments.pick(Request, args, prompt=prompt) for prompt in texts(args)])
+
+
+if __name__ == "__main__":
+    sys.exit(execute(main))

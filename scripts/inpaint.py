@@ -1,0 +1,56 @@
+"""Repaint the masked part of pictures: white in the mask is drawn anew, every other pixel stays as it is.
+
+  python scripts/inpaint.py --prompt "a red bench" --init-img park.png --mask mask.png
+  python scripts/inpaint.py --indir photos/ --outdir out/
+
+With --prompt, a Stable Diffusion checkpoint: one made for inpainting, or any other by blending at each step.
+With --indir, the latent-diffusion inpainting model on each pair NAME.png, NAME_mask.png; writes OUTDIR/NAME.png, and
+leaves out what is there already. Prints the path of each file.
+Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memory, 130 interrupted.
+"""
+
+import sys
+
+from ldm.generation import arguments
+from ldm.generation.command import draw, draw_files, execute, mask_pairs, replay, texts
+from ldm.generation.options import ModelOptions
+from ldm.generation.request import Request
+
+INPAINTING_BIG = "models/ldm/inpainting_big/last.ckpt"
+
+
+def parse(argv: list[str] | None = None):
+    parser = arguments.Parser(__doc__)
+    arguments.add_prompts(parser, "")
+    group = arguments.add_picture(parser, strength=1.0)
+    group.add_argument("--mask", metavar="FILE", help="white is repainted; of any size")
+    group.add_argument("--indir", metavar="DIR", help=f"repaint each pair in it, by default with {INPAINTING_BIG}")
+    arguments.add_sampling(parser, sampler="ddim", scale=7.5)
+    arguments.add_size(parser)
+    arguments.add_model(parser)
+    arguments.add_output(parser, "outputs/inpaint-samples", n_iter=1, batch_size=1)
+    arguments.add_replay(parser)
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.indir, args.init_img, args.replay))) != 1:
+        parser.error("name a picture with --init-img FILE --mask FILE, or a folder of pairs with --indir DIR")
+    if args.init_img and not args.mask:
+        parser.error("name what is repainted with --mask FILE: white is drawn anew")
+    if args.indir and args.ckpt == ModelOptions.ckpt:
+        args.ckpt = INPAINTING_BIG
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.replay:
+        return replay(args)
+    if args.indir:
+        return draw_files(args, {
+            arguments.pick(Request, args, init_img=str(image), mask=str(mask)): image.name
+            for image, mask in mask_pairs(args.indir)
+        })
+    return draw(args, [arguments.pick(Request, args, prompt=prompt) for prompt in texts(args)])
+
+
+if __name__ == "__main__":
+    sys.exit(execute(main))
