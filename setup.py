@@ -24,7 +24,7 @@ EXTRAS = {
     "web": ["gradio>=5.0"],
     "ray": ["ray>=2.40"],
 }
-EXTRAS["test"] = ["pytest>=8.0", "ruff>=0.9", "diffusers>=0.35", "accelerate>=1.0", *EXTRAS["train"]]
+EXTRAS["test"] = ["pytest>=8.0", "ruff>=0.9", "diffusers>=0.35", *EXTRAS["train"]]
 
 
 setup(
