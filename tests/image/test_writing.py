@@ -59,6 +59,10 @@ def unfinished(folder) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.startswith("."))
 
 
+def refuse(*paths):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 def is_whole(path) -> bool:
     with Image.open(path) as image:
         image.load()
@@ -193,6 +197,21 @@ def test_a_kill_at_any_moment_leaves_only_whole_pictures(tmp_path, flags):
     assert stdout.split()[1] > max(present)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_name_is_given_to_the_very_file_that_is_whole_on_the_disk(tmp_path, picture, monkeypatch, links):
+    synced = []
+
+    def sync(descriptor, fsync=os.fsync):
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    file = Numbered(tmp_path).save(picture).stat()
+    assert synced == [(file.st_ino, file.st_size)]
+
+
 def test_a_kill_between_writing_and_naming_leaves_no_picture(tmp_path):
     code = WRITER.replace("out = io", "io._publish = lambda *args: os.kill(os.getpid(), 9)\nout = io")
     process = subprocess.run([sys.executable, "-c", code, "", str(tmp_path), "0", "1"], capture_output=True)
@@ -210,9 +229,6 @@ def test_leftovers_of_killed_runs_are_removed_once_they_are_a_day_old(tmp_path, 
 
 
 def test_without_hard_links_a_number_that_another_process_has_claimed_is_passed_over(tmp_path, picture, monkeypatch):
-    def refuse(*paths):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "00003.png").write_text("mine")
     (tmp_path / ".ldm-00004.png.tmp").touch()
