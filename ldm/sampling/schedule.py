@@ -110,6 +110,14 @@ class Schedule:
             return Level(int(t), alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
         return _level(float(t), math.exp(np.interp(t, np.arange(len(self)), self.log_sigmas)))
 
+    def dpm_level(self, t: float) -> Level:
+        """As `level`, but between trained steps log(alpha) is linear in t: how DPM-Solver reads a float t."""
+        if float(t).is_integer():
+            return self.level(t)
+        with np.errstate(divide="ignore"):
+            alpha = math.exp(np.interp(t, np.arange(len(self)), 0.5 * np.log(self.alphas_cumprod)))
+        return Level(float(t), alpha, (1 - alpha**2) ** 0.5)
+
     def at(self, edm_sigma: float) -> Level:
         """The level where sigma / alpha is `edm_sigma`: the inverse of `level`; t stays within the trained range."""
         if not edm_sigma:
@@ -126,20 +134,12 @@ class Schedule:
         return [*self.uniform(steps)[:-1], CLEAN]
 
     def time_uniform(self, steps: int) -> list[Level]:
-        """Float timesteps from the last trained step to the first, log(alpha) linear in t (Lu et al. 2022, app. D)."""
+        """Even float timesteps from the last trained step, the first being the target: DPM-Solver's default."""
         check_steps(steps, len(self))
-        with np.errstate(divide="ignore"):
-            log_alphas = 0.5 * np.log(self.alphas_cumprod)
-
-        def level(t: float) -> Level:
-            alpha = math.exp(np.interp(t, np.arange(len(self)), log_alphas))
-            return Level(t, alpha, (1 - alpha**2) ** 0.5)
-
-        inner = np.linspace(len(self) - 1, 0, steps + 1)[1:-1]
-        return [self.level(len(self) - 1), *(level(float(t)) for t in inner), self.level(0)]
+        return [self.dpm_level(float(t)) for t in np.linspace(len(self) - 1, 0, steps + 1)]
 
     def sigma_uniform(self, steps: int) -> list[Level]:
-        """Float timesteps from the last trained step to the first, then the clean latent: k-diffusion's default."""
+        """Even float timesteps from the last trained step to the first, then clean: k-diffusion's default."""
         check_steps(steps, len(self))
         return [*(self.level(float(t)) for t in np.linspace(len(self) - 1, 0, steps)), CLEAN]
 
@@ -154,7 +154,7 @@ class Schedule:
         return [*(self.at(float(sigma)) for sigma in np.geomspace(noisiest, quietest, steps)), CLEAN]
 
     def trailing(self, steps: int) -> list[Level]:
-        """Trained steps counted down from the very last one, then the clean latent (Lin et al. 2024, table 2)."""
+        """Trained steps counted down from the very last one, then the clean latent (Lin et al. 2024, sec. 3.3)."""
         check_steps(steps, len(self))
         return [*(self.level(round(len(self) * (1 - i / steps)) - 1) for i in range(steps)), CLEAN]
 
