@@ -95,7 +95,7 @@ class Replay:
             requests = tuple(Request.from_record({**record["request"], **one}) for one in batch["requests"])
             noise = [[int(number) for number in numbers] for numbers in batch["noise"]]
             return cls(requests, int(batch["index"]), noise, dict(record["run"]), str(record["model"]["sha256"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, RequestError):
                 raise
             raise ImageError(f"the record in {path} is not complete: {error!r}") from error

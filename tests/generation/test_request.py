@@ -1,0 +1,76 @@
+import dataclasses
+import math
+
+import pytest
+
+from ldm import sampling
+from ldm.errors import RequestError
+from ldm.generation.request import ETA_SAMPLERS, SAMPLERS, SCHEDULES, Request, check_side, read_prompts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "ddim_steps must be from 1 to 1000, got 0"),
+        ({"steps": 1001}, "ddim_steps must be from 1 to 1000, got 1001"),
+        ({"scale": math.nan}, "scale must be a finite number"),
+        ({"scale": math.inf}, "scale must be a finite number"),
+        ({"strength": -0.1}, "strength must be from 0.0 to 1.0"),
+        ({"strength": 1.5}, "strength must be from 0.0 to 1.0"),
+        ({"strength": math.nan}, "strength must be from 0.0 to 1.0"),
+        ({"eta": 0.5, "sampler": "plms"}, "ddim_eta must be 0 with plms"),
+        ({"eta": 2.0, "sampler": "ddim"}, "ddim_eta must be from 0.0 to 1.0"),
+        ({"sampler": "magic"}, "sampler must be one of plms, ddim"),
+        ({"schedule": "magic"}, "schedule must be one of default"),
+        ({"seed_mode": "magic"}, "seed_mode must be one of run, image"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"width": 0}, "width must be positive"),
+        ({"height": -64}, "height must be positive"),
+        ({"mask": "mask.png"}, "a mask needs the picture"),
+    ],
+)
+def test_a_request_rejects_what_cannot_be_drawn(wrong, message):
+    with pytest.raises(RequestError, match=message):
+        Request(**wrong)
+
+
+def test_the_names_known_without_torch_are_those_of_the_samplers():
+    assert set(SAMPLERS) == set(sampling.SAMPLERS)
+    assert set(ETA_SAMPLERS) == {name for name, sampler in sampling.SAMPLERS.items() if sampler.takes_eta}
+    assert SCHEDULES == sampling.SPACINGS
+
+
+def test_a_request_survives_its_record():
+    request = Request(prompt="a fox", sampler="ddim", eta=0.5, seed=7, class_label=3)
+    assert Request.from_record(dataclasses.asdict(request)) == request
+
+
+def test_a_record_with_settings_of_another_version_is_refused_by_name():
+    with pytest.raises(RequestError, match="sharpness"):
+        Request.from_record({"prompt": "a fox", "sharpness": 3})
+
+
+@pytest.mark.parametrize(("value", "near"), [(500, 512), (-64, 64), (0, 64), (65, 64), (1000, 1024)])
+def test_a_side_that_cannot_be_halved_evenly_names_the_nearest_that_can(value, near):
+    with pytest.raises(RequestError, match=f"W must be a positive multiple of 64, got {value}; try {near}"):
+        check_side("W", value, 64)
+
+
+def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa fox\r\n\r\n   \nein Mädchen \n東京\n".encode())
+    assert read_prompts(path) == ["a fox", "ein Mädchen", "東京"]
+
+
+def test_a_prompt_file_that_cannot_be_used_says_why(tmp_path):
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(RequestError, match="there is no prompt file"):
+        read_prompts(path)
+    path.write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(RequestError, match=r"not UTF-8 \(line 2\)"):
+        read_prompts(path)
+    path.write_text("\n \n")
+    with pytest.raises(RequestError, match="has no prompts"):
+        read_prompts(path)
+    with pytest.raises(RequestError, match="cannot read the prompt file"):
+        read_prompts(tmp_path)
