@@ -1,28 +1,27 @@
-"""Prompts as text and tokens: nothing here knows a model."""
+"""Prompts as text: nothing here knows a tokenizer or a model."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
-T = TypeVar("T")
-
-# How CLIP's byte-pair vocabulary spells the end of a word, and the words that end a clause.
-WORD_END = "</w>"
-CLAUSE_ENDS = frozenset(mark + WORD_END for mark in (",", ".", ";", ":", "!", "?"))
+CLAUSE_ENDS = frozenset(",.;:!?")
 
 
-def chunk(items: Sequence[T], tokens: Sequence[str], size: int = 75, reach: int = 20) -> list[list[T]]:
-    """Cut `items`, one for each of `tokens`, into runs of at most `size`; no item gives one empty run.
+def split(text: str, spans: Sequence[tuple[int, int]], size: int = 75, reach: int = 20) -> list[slice]:
+    """Cut the tokens of a text, given as their (start, end) in it, into runs of at most `size`.
 
-    Each run ends after the last comma or full stop within `reach` of its end, else after a word, else where it is full.
+    Each run ends after the last comma or full stop within `reach` of its end, else after a word, else where it is full;
+    no tokens give one empty run.
     """
     def strength(stop: int) -> tuple[int, int]:
-        token = tokens[stop - 1]
-        return (token in CLAUSE_ENDS) + token.endswith(WORD_END), stop
+        start, end = spans[stop - 1]
+        if text[start:end].strip() in CLAUSE_ENDS:
+            return 2, stop
+        inside_a_word = text[end - 1:end].isalnum() and text[end:end + 1].isalnum()
+        return int(not inside_a_word), stop
 
     runs, start = [], 0
-    while len(items) - start > size:
+    while len(spans) - start > size:
         full = start + size
         stop = max(range(max(start, full - reach) + 1, full + 1), key=strength)
-        runs.append(list(items[start:stop]))
+        runs.append(slice(start, stop))
         start = stop
-    return [*runs, list(items[start:])]
+    return [*runs, slice(start, len(spans))]

@@ -14,6 +14,10 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+# Mean and standard deviation of the colours that CLIP was trained on, red, green, blue in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
@@ -37,11 +41,19 @@ class ClipConfig:
     image: int = 224
     patch: int = 14
 
+    @property
+    def inner(self) -> int:
+        return self.ff or 4 * self.width
+
+    @property
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
+
 
 class ClipOutput(NamedTuple):
     """What a tower makes of its input.
 
-    last_hidden_state (b, n, c); pooler_output (b, c); hidden_states: None, or the embeddings and what follows each layer.
+    last_hidden_state (b, n, c); pooler_output (b, c); hidden_states: None, or the embeddings and each layer's output.
     """
 
     last_hidden_state: Tensor
@@ -49,10 +61,10 @@ class ClipOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over `heads` equal slices of the channels: (b, n, c) -> (b, n, c)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v over `heads` equal slices of the channels: (b, n, c) -> (b, n, c)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(-2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(-2)
 
 
 class ClipAttention(nn.Module):
@@ -65,16 +77,15 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=self.causal))
 
 
 class ClipMLP(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
-        inner = config.ff or 4 * config.width
         self.act = ACTIVATIONS[config.act]
-        self.fc1 = nn.Linear(config.width, inner)
-        self.fc2 = nn.Linear(inner, config.width)
+        self.fc1 = nn.Linear(config.width, config.inner)
+        self.fc2 = nn.Linear(config.inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -165,11 +176,10 @@ class ClipTextTransformer(nn.Module):
 class ClipVisionEmbeddings(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
-        count = (config.image // config.patch) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.randn(config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=config.patch, stride=config.patch, bias=False)
-        self.position_embedding = nn.Embedding(count, config.width)
-        self.register_buffer("position_ids", positions(count))
+        self.position_embedding = nn.Embedding(config.patches + 1, config.width)
+        self.register_buffer("position_ids", positions(config.patches + 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (b, patches, c)

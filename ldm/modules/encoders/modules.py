@@ -1,5 +1,21 @@
 """The public names of the encoders, which YAML and other code import from here."""
 
-from ldm.modules.encoders.text import AbstractEncoder, FrozenCLIPEmbedder
+from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer, TransformerEmbedder
+from ldm.modules.encoders.general import AbstractEncoder, ClassEmbedder, IdentityEncoder, SpatialRescaler
+from ldm.modules.encoders.image import FrozenCLIPImageEmbedder, FrozenClipImageEmbedder
+from ldm.modules.encoders.text import FrozenCLIPEmbedder, FrozenCLIPTextEmbedder, FrozenOpenCLIPEmbedder
 
-__all__ = ["AbstractEncoder", "FrozenCLIPEmbedder"]
+__all__ = [
+    "AbstractEncoder",
+    "BERTEmbedder",
+    "BERTTokenizer",
+    "ClassEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenCLIPImageEmbedder",
+    "FrozenCLIPTextEmbedder",
+    "FrozenClipImageEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "IdentityEncoder",
+    "SpatialRescaler",
+    "TransformerEmbedder",
+]

@@ -1,16 +1,20 @@
-"""Encoders of text: prompts in, states (b, n, c) for cross-attention out."""
+"""CLIP's text encoders: prompts in, states (b, n, c) for cross-attention out."""
 
+import html
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 from ldm.modules.encoders.clip import ClipConfig, ClipTextTransformer
-from ldm.modules.encoders.tokenizer import CLIP_VOCABULARY, TextTokenizer, clip_tokenizer, read_json
-from ldm.prompt import chunk
+from ldm.modules.encoders.files import pick, read_json, read_weights
+from ldm.modules.encoders.general import AbstractEncoder
+from ldm.modules.encoders.openclip import Clip, published_clip
+from ldm.modules.encoders.tokenizer import CLIP_VOCABULARY, TextTokenizer, clip_tokenizer
+from ldm.prompt import split
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +28,18 @@ CLIP_VERSIONS = {
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ClipConfig(width=1280, layers=32, heads=20, act="gelu"),
 }
 
+OPEN_CLIP_ARCHS = {
+    "ViT-B-32": (ClipConfig(width=512, heads=8, act="gelu"), 512),
+    "ViT-B-16": (ClipConfig(width=512, heads=8, act="gelu"), 512),
+    "ViT-L-14": (ClipConfig(act="gelu"), 768),
+    "ViT-H-14": (ClipConfig(width=1024, layers=24, heads=16, act="gelu"), 1024),
+    "ViT-g-14": (ClipConfig(width=1024, layers=24, heads=16, act="gelu"), 1024),
+    "ViT-bigG-14": (ClipConfig(width=1280, layers=32, heads=20, act="gelu"), 1280),
+}
 
-class AbstractEncoder(nn.Module):
-    """Anything that `cond_stage_config` may name: `encode` turns what the data holds into a condition."""
-
-    def encode(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} has no encode")
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go: where the weights are, unless public code has set another place."""
-        chosen = self.__dict__.get("chosen_device")
-        return chosen or next((p.device for p in self.parameters()), torch.device("cpu"))
-
-    @device.setter
-    def device(self, device: str | torch.device) -> None:
-        self.__dict__["chosen_device"] = torch.device(device)
+# Typographic quotes, which the tokenizers of OpenAI and open_clip read as plain ones.
+PLAIN_QUOTES = str.maketrans({**dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc", "'"),
+                              **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')})
 
 
 class TextEncoder(AbstractEncoder):
@@ -55,18 +55,22 @@ class TextEncoder(AbstractEncoder):
         """The text that the tokenizer is given."""
         return text
 
-    def dropped(self, text: str) -> str:
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a cleaned text without marks, and where in it each stands."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], found["offset_mapping"]
+
+    def cut(self, text: str) -> str:
         """The end of a prompt that does not fit in `max_length` tokens, as it was written; "" where all of it fits."""
-        text = self.clean(text)
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        room = self.max_length - 2
-        return text[offsets[room][0]:].strip() if len(offsets) > room else ""
+        text, room = self.clean(text), self.max_length - 2
+        _, spans = self.spans(text)
+        return text[spans[room][0]:].strip() if len(spans) > room else ""
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Ids (b, max_length) of each text, padded or cut; what is cut is quoted in a warning."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in dict.fromkeys(texts):
-            if lost := self.dropped(text):
+            if lost := self.cut(text):
                 logger.warning("the prompt is longer than %d tokens; this was dropped: %r", self.max_length - 2, lost)
         batch = self.tokenizer(
             [self.clean(text) for text in texts],
@@ -81,10 +85,15 @@ class TextEncoder(AbstractEncoder):
         """One text or b texts -> (b, n, c) in the weights' dtype."""
         return self(text)
 
-    def chunks(self, text: str) -> list[list[int]]:
-        """The ids of a prompt in runs that each fit between two marks, cut as `ldm.prompt.chunk` does."""
-        ids = self.tokenizer(self.clean(text), add_special_tokens=False)["input_ids"]
-        return chunk(ids, self.tokenizer.convert_ids_to_tokens(ids), self.max_length - 2)
+    def runs(self, text: str) -> list[list[int]]:
+        """The ids of a prompt in runs that each fit between two marks, cut as `ldm.prompt.split` does."""
+        text = self.clean(text)
+        ids, spans = self.spans(text)
+        return [ids[run] for run in split(text, spans, self.max_length - 2)]
+
+    def chunks(self, text: str) -> int:
+        """How many chunks `encode_long` needs for a prompt."""
+        return len(self.runs(text))
 
     def encode_long(self, texts: Sequence[str], count: int | None = None) -> Tensor:
         """Encode each prompt in `count` chunks, one after the other: (b, count * max_length, c).
@@ -92,7 +101,7 @@ class TextEncoder(AbstractEncoder):
         count defaults to what the longest text needs; a prompt and its negative need the larger of the two. A text with
         fewer chunks is filled up with empty ones. Raises ValueError where `count` is too small.
         """
-        rows = [self.chunks(text) for text in texts]
+        rows = [self.runs(text) for text in texts]
         need = max(map(len, rows))
         count = need if count is None else count
         if count < need:
@@ -160,7 +169,11 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
         raise ConfigError(f"{folder} has no tokenizer (vocab.json, merges.txt), and its vocabulary is not CLIP's own")
     transformer = ClipTextTransformer(config)
     if not transformer.text_model.final_layer_norm.weight.is_meta:
-        transformer.load_state_dict(clip_weights(folder, transformer.state_dict()))
+        found = {
+            key if key.startswith("text_model.") else f"text_model.{key}": weight
+            for key, weight in read_weights(folder).items()
+        }
+        transformer.load_state_dict(pick(found, transformer.state_dict(), folder))
     return clip_tokenizer(folder if has_words else None), transformer
 
 
@@ -181,28 +194,86 @@ def clip_config(folder: Path) -> ClipConfig:
         raise ConfigError(f"{folder / 'config.json'} does not describe a CLIP text encoder: no {error}") from error
 
 
-def clip_weights(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a transformers folder, whose keys may lack `text_model.`, under the names in `wanted`."""
-    found = {
-        key if key.startswith("text_model.") else f"text_model.{key}": weight
-        for key, weight in read_weights(folder).items()
-    }
-    ids = "text_model.embeddings.position_ids"
-    found[ids] = wanted[ids]
-    if missing := sorted(set(wanted) - set(found)):
-        raise CheckpointError(f"the weights in {folder} lack {', '.join(missing)}")
-    return {key: found[key] for key in wanted}
+class ZeroPaddedEncoder(TextEncoder):
+    """Text as the tokenizers of OpenAI's package and open_clip take it: without HTML entities, padded with id 0."""
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.tokenizer = clip_tokenizer(pad_token="!", max_length=max_length)
+        self.max_length = max_length
+
+    def clean(self, text: str) -> str:
+        return html.unescape(html.unescape(text)).translate(PLAIN_QUOTES).strip()
+
+    def freeze(self) -> None:
+        self.model.eval().requires_grad_(False)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict of a folder in the transformers form: model.safetensors, else pytorch_model.bin (tensors only)."""
-    try:
-        if (path := folder / "model.safetensors").exists():
-            from safetensors.torch import load_file
+class FrozenOpenCLIPEmbedder(ZeroPaddedEncoder):
+    """The text tower of an OpenCLIP model as Stable Diffusion v2 uses it: texts -> (b, 77, 1024).
 
-            return load_file(path)
-        if (path := folder / "pytorch_model.bin").exists():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"cannot read the weights {path}: {error}") from error
-    raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    arch: a key of OPEN_CLIP_ARCHS. layer: "last", or "penultimate" for the states before the last block; both normed.
+    `version` names the weights, which a checkpoint must bring; `device` is there for old callers.
+    """
+
+    LAYERS = ("last", "penultimate")
+
+    def __init__(
+        self,
+        arch: str = "ViT-H-14",
+        version: str = "laion2b_s32b_b79k",
+        device: str = "cuda",
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+    ):
+        super().__init__(max_length)
+        if layer not in self.LAYERS:
+            raise ConfigError(f"layer must be last or penultimate, got {layer!r}")
+        if arch not in OPEN_CLIP_ARCHS:
+            raise ConfigError(f"no OpenCLIP text encoder {arch!r}: arch must be one of {', '.join(OPEN_CLIP_ARCHS)}")
+        config, embed = OPEN_CLIP_ARCHS[arch]
+        self.model = Clip(config, embed=embed)
+        self.layer = layer
+        self.layer_idx = self.LAYERS.index(layer)
+        if freeze:
+            self.freeze()
+
+    def encode_with_transformer(self, text: Tensor) -> Tensor:
+        """Ids (b, n) -> states (b, n, c)."""
+        return self.model.text_states(text, skip=self.layer_idx)
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        return self.encode_with_transformer(ids)
+
+
+class FrozenCLIPTextEmbedder(ZeroPaddedEncoder):
+    """One vector a text in the space that CLIP shares with pictures: forward -> (b, d), encode -> (b, n_repeat, d).
+
+    version: a key of CLIP_PACKAGE. Where a copy of its weights is on this machine it is read (see `published_clip`).
+    normalize: give vectors of length 1.
+    """
+
+    def __init__(
+        self,
+        version: str = "ViT-L/14",
+        device: str = "cuda",
+        max_length: int = 77,
+        n_repeat: int = 1,
+        normalize: bool = True,
+    ):
+        super().__init__(max_length)
+        self.model = published_clip(version)
+        self.n_repeat = n_repeat
+        self.normalize = normalize
+        self.freeze()
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        vectors = self.model.encode_text(ids)[:, None]
+        return vectors / vectors.norm(dim=-1, keepdim=True) if self.normalize else vectors
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        return super().forward(text)[:, 0]
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        return self(text)[:, None].repeat(1, self.n_repeat, 1)

@@ -4,7 +4,6 @@ Importing `transformers` for its CLIPTokenizer adds about a second to every star
 """
 
 import gzip
-import json
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -12,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ldm.errors import ConfigError
+from ldm.modules.encoders.files import read_json
 
 CLIP_VOCABULARY = 49408
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -34,13 +34,17 @@ class Encoding(dict):
 class TextTokenizer:
     """A vocabulary behind the calls that public code makes on a Hugging Face tokenizer.
 
-    Texts become [bos] ids [eos] [pad] ...; `bos_token_id`, `eos_token_id` and `pad_token_id` are those ids.
+    Texts become [bos] ids [eos] [pad] ...; `bos_token_id`, `eos_token_id` and `pad_token_id` are those ids. `unk_token`
+    stands for what the vocabulary lacks. The `marks` are read as one token each where a text spells them out.
     """
 
-    def __init__(self, backend: Tokenizer, bos_token: str, eos_token: str, pad_token: str, model_max_length: int = 77):
-        backend.add_special_tokens([bos_token, eos_token])
+    def __init__(
+        self, backend: Tokenizer, bos_token: str, eos_token: str, pad_token: str, unk_token: str,
+        marks: Sequence[str], model_max_length: int = 77,
+    ):
+        backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
         self.backend_tokenizer = backend
-        self.bos_token, self.eos_token, self.pad_token = bos_token, eos_token, pad_token
+        self.bos_token, self.eos_token, self.pad_token, self.unk_token = bos_token, eos_token, pad_token, unk_token
         self.model_max_length = model_max_length
 
     def __len__(self) -> int:
@@ -124,10 +128,9 @@ class TextTokenizer:
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens).strip()
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """The id of a token, or of each; END's, which stands for the unknown, for one that the vocabulary lacks."""
         if isinstance(tokens, str):
             found = self.backend_tokenizer.token_to_id(tokens)
-            return self.backend_tokenizer.token_to_id(self.eos_token) if found is None else found
+            return self.backend_tokenizer.token_to_id(self.unk_token) if found is None else found
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str]:
@@ -156,7 +159,7 @@ def clip_tokenizer(folder: Path | None = None, pad_token: str = END, max_length:
     """CLIP's tokenizer: lower case, byte-pair encoding, marks around each text.
 
     folder: one in the transformers form, whose own vocab.json and merges.txt are then used. The default pads with the
-    end mark, as openai/clip-vit-large-patch14 does; `pad_token="!"` is id 0, as OpenAI's and open_clip's own code has it.
+    end mark, as openai/clip-vit-large-patch14 does; `pad_token="!"` is id 0, as in OpenAI's and open_clip's own code.
     """
     if folder is None:
         vocabulary, merges = clip_vocabulary()
@@ -174,7 +177,20 @@ def clip_tokenizer(folder: Path | None = None, pad_token: str = END, max_length:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
-    return TextTokenizer(backend, START, END, pad_token, max_length)
+    return TextTokenizer(backend, START, END, pad_token, END, (START, END), max_length)
+
+
+def bert_tokenizer(vocabulary: Path, max_length: int = 77) -> TextTokenizer:
+    """BERT's uncased WordPiece tokenizer (Devlin et al. 2019) from its vocab.txt, one token a line."""
+    unknown, start, end, pad = "[UNK]", "[CLS]", "[SEP]", "[PAD]"
+    backend = Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token=unknown))
+    if missing := [mark for mark in (unknown, start, end, pad) if backend.token_to_id(mark) is None]:
+        raise ConfigError(f"{vocabulary} is not BERT's vocabulary: it lacks {', '.join(missing)}")
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    marks = [mark for mark in (pad, unknown, start, end, "[MASK]") if backend.token_to_id(mark) is not None]
+    return TextTokenizer(backend, start, end, pad, unknown, marks, max_length)
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -187,10 +203,3 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         model = read_json(folder / "tokenizer.json")["model"]
         return model["vocab"], [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     raise ConfigError(f"{folder} has no tokenizer: vocab.json with merges.txt, or tokenizer.json, is needed")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
