@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.checkpoint import read_checkpoint
 from ldm.models.base import Module
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -63,10 +64,10 @@ class Autoencoder(Module):
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load the weights of a checkpoint, leaving out keys that start with one of `ignore_keys`."""
-        from ldm.checkpoint import read_checkpoint
-
         state = {key: w for key, w in read_checkpoint(path).items() if not key.startswith(tuple(ignore_keys))}
         on_meta = self.quant_conv.weight.is_meta
+        if on_meta:  # the weights become the module's own, so they must leave the mapped file
+            state = {key: weight.clone() for key, weight in state.items()}
         missing, unexpected = self.load_state_dict(state, strict=False, assign=on_meta)
         logger.info("restored from %s", path)
         if missing or unexpected:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = [
     "make_ddim_timesteps",
     "noise_like",
     "normalization",
+    "schedule_buffers",
     "timestep_embedding",
     "zero_module",
 ]
@@ -94,3 +96,19 @@ def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = 
     if not repeat:
         return torch.randn(shape, device=device)
     return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *(1,) * (len(shape) - 1))
+
+
+def schedule_buffers(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """What checkpoints keep of a noise schedule besides its posterior, by name, each (timesteps,)."""
+    kept = np.cumprod(1.0 - betas)
+    with np.errstate(divide="ignore"):
+        return {
+            "betas": betas,
+            "alphas_cumprod": kept,
+            "alphas_cumprod_prev": np.append(1.0, kept[:-1]),
+            "sqrt_alphas_cumprod": np.sqrt(kept),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - kept),
+            "log_one_minus_alphas_cumprod": np.log(1.0 - kept),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / kept),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / kept - 1.0),
+        }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import read_checkpoint
 from ldm.errors import ModelError
 
 # Widths of the VGG16 convolutions before each of the five depths at which features are compared.
@@ -84,8 +85,6 @@ class LPIPS(nn.Module):
         Each holds VGG16 as torchvision writes it (features.0.weight ...), the channel weights (lin0.model.1.weight ...)
         or a whole checkpoint of an autoencoder. Raises ModelError where together they leave something out.
         """
-        from ldm.checkpoint import read_checkpoint
-
         numbers = {name: f"net.slice{i + 1}.{name}" for i in range(len(STAGES))
                    for name, _ in getattr(self.net, f"slice{i + 1}").named_parameters()}
         state = {}

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from ldm.modules import attention_ops
+from ldm.modules.attention_ops import attention, set_attention
+
+
+@pytest.fixture
+def chosen(request):
+    previous = set_attention(request.param)
+    yield request.param
+    set_attention(previous)
+
+
+every_method = pytest.mark.parametrize("chosen", ["sdpa", "sliced", "math"], indirect=True)
+
+
+def plain(q, k, v, scale, mask=None):
+    scores = scale * q.double() @ k.double().transpose(-1, -2)
+    if mask is not None:
+        scores = scores.where(mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ v.double()).float()
+
+
+@every_method
+def test_every_method_computes_the_formula(chosen):
+    q, (k, v) = torch.randn(2, 3, 7, 8), torch.randn(2, 2, 3, 5, 8)
+    torch.testing.assert_close(attention(q, k, v, 0.3), plain(q, k, v, 0.3))
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5), (7, 5)])
+def test_every_method_looks_only_where_the_mask_lets_it(chosen, shape, monkeypatch):
+    monkeypatch.setattr(attention_ops, "SLICE_ENTRIES", 60)
+    q, (k, v) = torch.randn(2, 3, 7, 8), torch.randn(2, 2, 3, 5, 8)
+    mask = torch.rand(shape) > 0.5
+    mask[..., 2] = True
+    torch.testing.assert_close(attention(q, k, v, 0.3, mask), plain(q, k, v, 0.3, mask))
+
+
+@pytest.mark.parametrize("entries", [1, 60, 2**26])
+@pytest.mark.parametrize("chosen", ["sliced"], indirect=True)
+def test_slices_of_any_size_give_the_same(chosen, entries, monkeypatch):
+    monkeypatch.setattr(attention_ops, "SLICE_ENTRIES", entries)
+    q, (k, v) = torch.randn(2, 3, 7, 8), torch.randn(2, 2, 3, 5, 8)
+    torch.testing.assert_close(attention(q, k, v, 0.3), plain(q, k, v, 0.3))
+
+
+@pytest.mark.parametrize("chosen", ["math", "sliced"], indirect=True)
+def test_large_scores_do_not_overflow_half_precision(chosen):
+    q = torch.full((1, 1, 2, 64), 50.0, dtype=torch.float16)
+    v = torch.tensor([[[[1.0], [3.0]]]], dtype=torch.float16)
+    assert attention(q, q, v, 64**-0.5).flatten().tolist() == [2, 2]
+
+
+def test_choosing_gives_back_the_previous_choice_and_refuses_unknown_ones():
+    assert set_attention("math") == "sdpa"
+    assert set_attention("sdpa") == "math"
+    with pytest.raises(ValueError, match="sdpa, sliced, math"):
+        set_attention("flash")
