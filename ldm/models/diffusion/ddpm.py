@@ -16,7 +16,7 @@ from ldm.models.base import Module
 from ldm.models.diffusion.ancestral import AncestralSampling, countdown
 from ldm.models.diffusion.images import ImageLog, LatentImageLog
 from ldm.models.diffusion.process import PARAMETERIZATIONS, GaussianProcess
-from ldm.models.diffusion.stages import CLASS_KEYS, Stages, disabled_train
+from ldm.models.diffusion.stages import CLASS_KEYS, Stages, disabled_train, frozen
 from ldm.models.diffusion.training import Losses, Training
 from ldm.modules.diffusionmodules.util import noise_like
 from ldm.util import instantiate_from_config
@@ -204,7 +204,8 @@ class LatentDiffusion(Stages, AncestralSampling, LatentImageLog, DDPM):
 
     conditioning_key None is "concat" or, without concat_mode, "crossattn"; an unconditional cond_stage_config makes it
     None for good. scale_factor brings latents to unit variance; scale_by_std measures it on the first training batch.
-    force_null_conditioning: the batch holds no condition although the network takes one.
+    force_null_conditioning: the batch holds no condition although the network takes one. extra_stages: further frozen
+    models to build, by attribute name.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class LatentDiffusion(Stages, AncestralSampling, LatentImageLog, DDPM):
         scale_by_std: bool = False,
         force_null_conditioning: bool = False,
         *args,
+        extra_stages: Mapping[str, Mapping | None] | None = None,
         **kwargs,
     ):
         restart = {key: kwargs.pop(key) for key in RESTART_KEYS if key in kwargs}
@@ -244,22 +246,9 @@ class LatentDiffusion(Stages, AncestralSampling, LatentImageLog, DDPM):
         self.make_cond_schedule(num_timesteps_cond or 1)
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
+        for name, config in (extra_stages or {}).items():
+            setattr(self, name, None if config is None else frozen(instantiate_from_config(config)))
         self.restart(**restart)
-
-    def make_cond_schedule(self, num_timesteps_cond: int) -> None:
-        """Where there are several levels of conditioning noise, `cond_ids` (timesteps,) says which each t goes with."""
-        if num_timesteps_cond > self.num_timesteps:
-            raise ConfigError(f"num_timesteps_cond must be at most {self.num_timesteps}, got {num_timesteps_cond}")
-        self.num_timesteps_cond = num_timesteps_cond
-        self.shorten_cond_schedule = num_timesteps_cond > 1
-        with torch.device("cpu"):
-            ids = torch.full((self.num_timesteps,), self.num_timesteps - 1)
-            ids[:num_timesteps_cond] = torch.linspace(0, self.num_timesteps - 1, num_timesteps_cond).round().long()
-        self.register_buffer("cond_ids", ids, persistent=False)
-
-    def noised_condition(self, cond, t: Tensor):
-        """The condition with the noise that it has at t; as it is, unless num_timesteps_cond is over 1."""
-        return self.q_sample(cond, self.cond_ids[t]) if self.shorten_cond_schedule else cond
 
     @torch.no_grad()
     def get_input(

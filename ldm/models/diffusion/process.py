@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.modules.diffusionmodules.util import extract_into_tensor, schedule_buffers
 from ldm.sampling.schedule import make_beta_schedule
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
@@ -52,26 +52,15 @@ class GaussianProcess:
             if self.parameterization == "eps":
                 raise ConfigError("zero_terminal_snr needs parameterization v or x0: eps says nothing of pure noise")
             betas = rescale_zero_terminal_snr(betas)
-        alphas = 1.0 - betas
-        kept = np.cumprod(alphas)
-        before = np.append(1.0, kept[:-1])
+        buffers = schedule_buffers(betas)
+        alphas, kept, before = 1.0 - betas, buffers["alphas_cumprod"], buffers["alphas_cumprod_prev"]
         variance = (1 - self.v_posterior) * betas * (1 - before) / (1 - kept) + self.v_posterior * betas
-
-        with np.errstate(divide="ignore"):
-            buffers = {
-                "betas": betas,
-                "alphas_cumprod": kept,
-                "alphas_cumprod_prev": before,
-                "sqrt_alphas_cumprod": np.sqrt(kept),
-                "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - kept),
-                "log_one_minus_alphas_cumprod": np.log(1 - kept),
-                "sqrt_recip_alphas_cumprod": np.sqrt(1 / kept),
-                "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / kept - 1),
-                "posterior_variance": variance,
-                "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-                "posterior_mean_coef1": betas * np.sqrt(before) / (1 - kept),
-                "posterior_mean_coef2": (1 - before) * np.sqrt(alphas) / (1 - kept),
-            }
+        buffers |= {
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+            "posterior_mean_coef1": betas * np.sqrt(before) / (1 - kept),
+            "posterior_mean_coef2": (1 - before) * np.sqrt(alphas) / (1 - kept),
+        }
         match self.parameterization:
             case "eps":
                 bound = betas[1:] ** 2 / (2 * variance[1:] * alphas[1:] * (1 - kept[1:]))

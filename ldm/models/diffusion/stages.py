@@ -44,6 +44,21 @@ class Stages:
         stage = instantiate_from_config(config)
         self.cond_stage_model = stage if self.cond_stage_trainable else frozen(stage)
 
+    def make_cond_schedule(self, num_timesteps_cond: int) -> None:
+        """Where there are several levels of conditioning noise, `cond_ids` (timesteps,) says which each t goes with."""
+        if num_timesteps_cond > self.num_timesteps:
+            raise ConfigError(f"num_timesteps_cond must be at most {self.num_timesteps}, got {num_timesteps_cond}")
+        self.num_timesteps_cond = num_timesteps_cond
+        self.shorten_cond_schedule = num_timesteps_cond > 1
+        with torch.device("cpu"):
+            ids = torch.full((self.num_timesteps,), self.num_timesteps - 1)
+            ids[:num_timesteps_cond] = torch.linspace(0, self.num_timesteps - 1, num_timesteps_cond).round().long()
+        self.register_buffer("cond_ids", ids, persistent=False)
+
+    def noised_condition(self, cond, t: Tensor):
+        """The condition with the noise that it has at t; as it is, unless num_timesteps_cond is over 1."""
+        return self.q_sample(cond, self.cond_ids[t]) if self.shorten_cond_schedule else cond
+
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor):
         """Pictures (b, 3, h, w) in [-1, 1] -> the posterior (KL) or the latents (VQ), before scaling."""

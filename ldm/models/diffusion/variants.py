@@ -1,0 +1,254 @@
+"""Latent diffusion models that are told more than one thing: inpainting, depth, upscaling, image embeddings, layouts.
+
+Each states, in `more_conditions`, what it adds to the dict that DiffusionWrapper takes. YAML and public code find these
+classes in `ldm.models.diffusion.ddpm`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.errors import ConfigError
+from ldm.models.diffusion.ddpm import DDPM, RESTART_KEYS, LatentDiffusion
+
+# The first convolution, and its EMA copy: what has to grow when input channels are added to a trained model.
+FIRST_CONVOLUTION = (
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "model_ema.diffusion_modelinput_blocks00weight",
+)
+
+
+class ManyConditions(LatentDiffusion):
+    """A latent diffusion model whose condition is a dict: c_crossattn from its cond stage, and more from the batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.cond_stage_trainable:
+            raise ConfigError(f"{type(self).__name__} cannot train its cond stage; set cond_stage_trainable: false")
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        """What to give DiffusionWrapper beside c_crossattn, for the entries of the batch that are in z (b, c, h, w)."""
+        raise NotImplementedError
+
+    def image(self, batch: Mapping, key: str, like: Tensor) -> Tensor:
+        """Images (b, h, w, c) of a batch as (b, c, h, w), as many as `like` has, and where it lies."""
+        return DDPM.get_input(self, batch, key)[:len(like)].to(like.device)
+
+    @torch.no_grad()
+    def get_input(
+        self,
+        batch: Mapping,
+        k: str,
+        cond_key: str | None = None,
+        bs: int | None = None,
+        return_first_stage_outputs: bool = False,
+        **kwargs,
+    ) -> list:
+        """[z, conditions], and with return_first_stage_outputs also images, reconstructions and the raw condition."""
+        kwargs = {"return_original_cond": return_first_stage_outputs, **kwargs, "force_c_encode": True}
+        z, c, *rest = super().get_input(
+            batch, k, return_first_stage_outputs=return_first_stage_outputs, cond_key=cond_key, bs=bs, **kwargs
+        )
+        return [z, {"c_crossattn": [c], **self.more_conditions(batch, z)}, *rest]
+
+
+class LatentFinetuneDiffusion(ManyConditions):
+    """The base of models that begin with the weights of one with fewer input channels.
+
+    Of the weights named in finetune_keys, the first keep_finetune_dims input channels come from the checkpoint and the
+    others begin at zero. c_concat_log_start:end are the channels of c_concat that are latents to decode for the log.
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str],
+        finetune_keys: Sequence[str] | None = FIRST_CONVOLUTION,
+        keep_finetune_dims: int = 4,
+        c_concat_log_start: int | None = None,
+        c_concat_log_end: int | None = None,
+        **kwargs,
+    ):
+        restart = {key: kwargs.pop(key) for key in RESTART_KEYS if key in kwargs}
+        super().__init__(**kwargs)
+        self.concat_keys = tuple(concat_keys)
+        self.finetune_keys = tuple(finetune_keys or ())
+        self.keep_dims = keep_finetune_dims
+        self.c_concat_log_start = c_concat_log_start
+        self.c_concat_log_end = c_concat_log_end
+        self.restart(**restart)
+
+    def adapted(self, key: str, weight: Tensor, shape: torch.Size) -> Tensor:
+        if key not in self.finetune_keys or weight.shape == shape:
+            return super().adapted(key, weight, shape)
+        grown = weight.new_zeros(shape)
+        grown[:, :self.keep_dims] = weight[:, :self.keep_dims]
+        return grown
+
+    def condition_images(self, batch: Mapping, c: Mapping, raw, x: Tensor) -> dict[str, Tensor]:
+        pictures = super().condition_images(batch, c, raw, x)
+        if self.c_concat_log_start is not None:
+            latents = c["c_concat"][0][:, self.c_concat_log_start:self.c_concat_log_end]
+            pictures["c_concat_decoded"] = self.decode_first_stage(latents)
+        return pictures
+
+
+class LatentInpaintDiffusion(LatentFinetuneDiffusion):
+    """Fills the masked part of an image: c_concat is the mask and the latents of the image without that part.
+
+    batch: `mask` (b, h, w, 1), 1 where to fill, and `masked_image` (b, h, w, 3) in [-1, 1].
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] = ("mask", "masked_image"),
+        masked_image_key: str = "masked_image",
+        **kwargs,
+    ):
+        super().__init__(concat_keys=concat_keys, **kwargs)
+        if masked_image_key not in self.concat_keys:
+            raise ConfigError(f"masked_image_key must be one of {self.concat_keys}, got {masked_image_key!r}")
+        self.masked_image_key = masked_image_key
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        def condition(key: str) -> Tensor:
+            image = self.image(batch, key, z)
+            if key == self.masked_image_key:
+                return self.get_first_stage_encoding(self.encode_first_stage(image))
+            return F.interpolate(image, size=z.shape[-2:])
+
+        return {"c_concat": [torch.cat([condition(key) for key in self.concat_keys], dim=1)]}
+
+    def condition_images(self, batch: Mapping, c: Mapping, raw, x: Tensor) -> dict[str, Tensor]:
+        masked = {"masked_image": self.image(batch, self.masked_image_key, x)}
+        return super().condition_images(batch, c, raw, x) | masked
+
+
+class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
+    """Keeps the depth of an image: c_concat is what depth_model says of batch["midas_in"] (b, 3, h, w), in [-1, 1]."""
+
+    def __init__(self, depth_stage_config: Mapping, concat_keys: Sequence[str] = ("midas_in",), **kwargs):
+        super().__init__(concat_keys=concat_keys, extra_stages={"depth_model": depth_stage_config}, **kwargs)
+        self.depth_stage_key = self.concat_keys[0]
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        depth = self.depth_model(batch[self.depth_stage_key][:len(z)].to(z.device))
+        depth = F.interpolate(depth, size=z.shape[-2:], mode="bicubic", align_corners=False)
+        low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
+        return {"c_concat": [2.0 * (depth - low) / (high - low + 0.001) - 1.0]}
+
+    def condition_images(self, batch: Mapping, c: Mapping, raw, x: Tensor) -> dict[str, Tensor]:
+        return super().condition_images(batch, c, raw, x) | {"depth": c["c_concat"][0]}
+
+
+class LatentUpscaleDiffusion(ManyConditions):
+    """Adds detail to a small image: c_concat is batch[low_scale_key], noised to the level that c_adm tells.
+
+    low_scale_model(x, level=None) -> (noised x, level (b,)).
+    """
+
+    def __init__(
+        self,
+        *args,
+        low_scale_config: Mapping,
+        low_scale_key: str = "LR",
+        noise_level_key: str | None = None,
+        **kwargs,
+    ):
+        if noise_level_key is not None:
+            raise ConfigError("noise_level_key was never released by Stability AI; remove it: the level is drawn")
+        super().__init__(*args, extra_stages={"low_scale_model": low_scale_config}, **kwargs)
+        self.low_scale_key = low_scale_key
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        noised, level = self.low_scale_model(self.image(batch, self.low_scale_key, z))
+        return {"c_concat": [noised], "c_adm": level}
+
+    def condition_images(self, batch: Mapping, c: Mapping, raw, x: Tensor) -> dict[str, Tensor]:
+        return super().condition_images(batch, c, raw, x) | {"x_lr": self.image(batch, self.low_scale_key, x)}
+
+
+class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
+    """Begins with a text-to-image model and learns to follow a small image, folded into patches if it is too large.
+
+    reshuffle_patch_size p: (b, c, p h, p w) -> (b, p p c, h, w).
+    """
+
+    def __init__(
+        self,
+        concat_keys: Sequence[str] = ("lr",),
+        reshuffle_patch_size: int | None = None,
+        low_scale_config: Mapping | None = None,
+        low_scale_key: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(concat_keys=concat_keys, extra_stages={"low_scale_model": low_scale_config}, **kwargs)
+        self.reshuffle_patch_size = reshuffle_patch_size
+        self.low_scale_key = low_scale_key
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        images = [self.image(batch, key, z) for key in self.concat_keys]
+        if self.reshuffle_patch_size is not None:
+            p = self.reshuffle_patch_size
+            # The patch number is the slow channel axis and the patch grid the fast spatial one: not pixel_unshuffle.
+            images = [x.unflatten(3, (p, -1)).unflatten(2, (p, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 3)
+                      for x in images]  # fmt: skip
+        image = torch.cat(images, dim=1)
+        if self.low_scale_model is None:
+            return {"c_concat": [image]}
+        noised, level = self.low_scale_model(image)
+        return {"c_concat": [noised], "c_adm": level}
+
+
+class ImageEmbeddingConditionedLatentDiffusion(ManyConditions):
+    """Follows the embedding of an image, c_adm (b, d), which training drops with probability embedding_dropout.
+
+    noise_aug_config: a model (embedding) -> (noised embedding, embedding of the noise level), both joined to c_adm.
+    """
+
+    def __init__(
+        self,
+        embedder_config: Mapping,
+        embedding_key: str = "jpg",
+        embedding_dropout: float = 0.5,
+        freeze_embedder: bool = True,
+        noise_aug_config: Mapping | None = None,
+        **kwargs,
+    ):
+        stages = {"embedder": embedder_config, "noise_augmentor": noise_aug_config}
+        super().__init__(extra_stages=stages, **kwargs)
+        if not freeze_embedder:
+            raise ConfigError("no released code trains the embedder; set freeze_embedder: true")
+        self.embed_key = embedding_key
+        self.embedding_dropout = embedding_dropout
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        embedding = self.embedder(self.image(batch, self.embed_key, z))
+        if self.noise_augmentor is not None:
+            embedding = torch.cat(self.noise_augmentor(embedding), dim=1)
+        if self.training:
+            kept = torch.rand(len(embedding), 1, device=embedding.device) >= self.embedding_dropout
+            embedding = embedding * kept
+        return {"c_adm": embedding}
+
+
+class Layout2ImgDiffusion(LatentDiffusion):
+    """Draws objects in given boxes: batch["coordinates_bbox"] (b, n) holds the layout as tokens."""
+
+    def __init__(self, cond_stage_key: str, *args, **kwargs):
+        if cond_stage_key != "coordinates_bbox":
+            raise ConfigError(f"Layout2ImgDiffusion needs cond_stage_key coordinates_bbox, got {cond_stage_key!r}")
+        super().__init__(*args, cond_stage_key=cond_stage_key, **kwargs)
+
+    def condition_images(self, batch: Mapping, c, raw, x: Tensor) -> dict[str, Tensor]:
+        """The boxes, as the data set's own conditional builder plots them."""
+        data = self.trainer.datamodule.datasets["train" if self.training else "validation"]
+        builder = data.conditional_builders[self.cond_stage_key]
+
+        def label(category: int) -> str:
+            return data.get_textual_label(data.get_category_id(category))
+
+        layouts = batch[self.cond_stage_key][:len(x)]
+        boxes = [builder.plot(layout.detach().cpu(), label, tuple(x.shape[2:])) for layout in layouts]
+        return {"bbox_image": torch.stack(boxes)}
