@@ -1,0 +1,117 @@
+"""What kind of model a checkpoint is, told by the names and shapes of a few of its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ldm.checkpoint.names import rename
+
+Shape = tuple[int | None, ...]
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # (model channels, latent and concatenated channels, 3, 3)
+CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (_, conditioning)
+CODEBOOK = "quantize.embedding.weight"  # (codes, channels)
+TO_LATENT = "post_quant_conv.weight"  # (channels, channels, 1, 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model. `tell` maps a weight's name (a prefix if it ends in *) to its shape; None is any shape or side.
+
+    config: the YAML that builds it, None where there is none yet. script: the command that it is for. note: what else
+    is built from weights of the same names and shapes.
+    """
+
+    name: str
+    config: str | None
+    script: str | None
+    tell: Mapping[str, Shape | None]
+    note: str = ""
+
+    def advice(self) -> str:
+        """What to do with a file of this family, as a clause for an error message."""
+        if self.config is None:
+            return "there is no config for it here"
+        note, script = (f" ({self.note})" if self.note else ""), (f" with {self.script}" if self.script else "")
+        return f"use {self.config}{note}{script}"
+
+
+def unet(channels: int, inputs: int, context: int | None = None, **others: Shape | None) -> dict[str, Shape | None]:
+    """The tell-tale weights of a UNet and, by name with __ for a dot, of what stands beside it."""
+    tell: dict[str, Shape | None] = {FIRST: (channels, inputs, 3, 3)}
+    if context:
+        tell[CONTEXT] = (None, context)
+    return tell | {key.replace("__", "."): shape for key, shape in others.items()}
+
+
+SD, LDM, FIRST_STAGES = "configs/stable-diffusion", "models/ldm", "models/first_stage_models"
+TXT2IMG, INPAINT, SAMPLE = "scripts/txt2img.py", "scripts/inpaint.py", "scripts/sample_diffusion.py"
+
+# The first row that fits is the answer, so the particular stands before the general.
+FAMILIES = (
+    Family("Stable Diffusion XL", None, None, {"conditioner.embedders.1.model.ln_final.weight": (1280,)}),
+    Family("Stable Diffusion XL refiner", None, None, {"conditioner.embedders.0.model.ln_final.weight": (1280,)}),
+    Family("ControlNet", None, None, {"control_model.*": None}),
+    Family("Stable Diffusion x4 upscaler", None, None, unet(256, 7, model__diffusion_model__label_emb__weight=None)),
+    Family("Stable Diffusion 2 depth-to-image", None, None, unet(320, 5, 1024)),
+    Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024)),
+    Family("Stable unCLIP", None, None, unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=None)),
+    Family("Stable Diffusion 2", f"{SD}/v2-inference-v.yaml", TXT2IMG, unet(320, 4, 1024),
+           "v2-inference.yaml for the base models"),
+    Family("Stable Diffusion image variations", None, None,
+           unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
+    Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),
+    Family("InstructPix2Pix", None, None, unet(320, 8, 768)),
+    Family("Stable Diffusion 1", f"{SD}/v1-inference.yaml", TXT2IMG, unet(320, 4, 768)),
+    Family("latent-diffusion text-to-image 1.45B", "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
+           f"{TXT2IMG} --laion400m", unet(320, 4, 1280)),
+    Family("retrieval-augmented diffusion", "configs/retrieval-augmented-diffusion/768x768.yaml", None,
+           unet(448, 16, 768)),
+    Family("latent-diffusion inpainting", f"{LDM}/inpainting_big/config.yaml", INPAINT, unet(256, 7)),
+    Family("latent-diffusion churches", f"{LDM}/lsun_churches256/config.yaml", SAMPLE, unet(192, 4)),
+    Family("latent-diffusion faces or bedrooms", f"{LDM}/celeba256/config.yaml", SAMPLE, unet(224, 3),
+           "or that of ffhq256 or lsun_beds256"),
+    Family("latent-diffusion ImageNet (f=4)", "configs/latent-diffusion/cin256-v2.yaml", SAMPLE,
+           unet(192, 3, cond_stage_model__embedding__weight=(1001, 512))),
+    Family("latent-diffusion ImageNet (f=8)", f"{LDM}/cin256/config.yaml", SAMPLE, unet(256, 4)),
+    Family("latent-diffusion text-to-image", f"{LDM}/text2img256/config.yaml", TXT2IMG,
+           unet(192, 3, cond_stage_model__transformer__token_emb__weight=(None, 640))),
+    Family("latent-diffusion super-resolution", f"{LDM}/bsr_sr/config.yaml", None, unet(160, 6)),
+    Family("latent-diffusion layout-to-image", f"{LDM}/layout2img-openimages256/config.yaml", None, unet(128, 3)),
+    Family("latent-diffusion semantic synthesis", f"{LDM}/semantic_synthesis256/config.yaml", None, unet(128, 6),
+           "or that of semantic_synthesis512"),
+    Family("autoencoder vq-f4", f"{FIRST_STAGES}/vq-f4/config.yaml", None,
+           {CODEBOOK: (8192, 3), "encoder.mid.attn_1.q.weight": None}),
+    Family("autoencoder vq-f4-noattn", f"{FIRST_STAGES}/vq-f4-noattn/config.yaml", None, {CODEBOOK: (8192, 3)}),
+    Family("autoencoder vq-f8", f"{FIRST_STAGES}/vq-f8/config.yaml", None, {CODEBOOK: (16384, 4)}),
+    Family("autoencoder vq-f8-n256", f"{FIRST_STAGES}/vq-f8-n256/config.yaml", None, {CODEBOOK: (256, 4)}),
+    Family("autoencoder vq-f16", f"{FIRST_STAGES}/vq-f16/config.yaml", None, {CODEBOOK: (16384, 8)}),
+    Family("autoencoder kl-f4", f"{FIRST_STAGES}/kl-f4/config.yaml", None, {TO_LATENT: (3, 3, 1, 1)}),
+    Family("autoencoder kl-f8", f"{FIRST_STAGES}/kl-f8/config.yaml", None, {TO_LATENT: (4, 4, 1, 1)}),
+    Family("autoencoder kl-f16", f"{FIRST_STAGES}/kl-f16/config.yaml", None, {TO_LATENT: (16, 16, 1, 1)}),
+    Family("autoencoder kl-f32", f"{FIRST_STAGES}/kl-f32/config.yaml", None, {TO_LATENT: (64, 64, 1, 1)}),
+    Family("LoRA", None, None, {"lora_*": None}),
+    Family("UNet in the diffusers form", None, None, {"down_blocks.0.resnets.0.conv1.weight": None}),
+    Family("autoencoder in the diffusers form", None, None, {"encoder.down_blocks.0.resnets.0.conv1.weight": None}),
+    Family("CLIP text encoder by itself", None, None, {"text_model.embeddings.token_embedding.weight": None}),
+)
+UNKNOWN = Family("unknown", None, None, {})
+
+
+def identify(shapes: Mapping[str, tuple[int, ...]]) -> Family:
+    """The family of a checkpoint from {name: shape of the weight}; UNKNOWN where no row of the table fits."""
+    shapes = rename(shapes)
+    return next((family for family in FAMILIES if _fits(family, shapes)), UNKNOWN)
+
+
+def _fits(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    for key, wanted in family.tell.items():
+        if key.endswith("*"):
+            if not any(name.startswith(key[:-1]) for name in shapes):
+                return False
+        elif key not in shapes or (wanted is not None and not _same(tuple(shapes[key]), wanted)):
+            return False
+    return True
+
+
+def _same(shape: tuple[int, ...], wanted: Shape) -> bool:
+    return len(shape) == len(wanted) and all(want in (None, side) for side, want in zip(shape, wanted))
