@@ -264,3 +264,24 @@ def test_names_rebound_in_the_module_take_effect(monkeypatch):
 
 def test_a_new_model_predicts_nothing_until_it_is_trained():
     assert UNetModel(**TINY)(torch.randn(1, 4, 8, 8), torch.tensor([3])).abs().max() == 0
+
+
+def test_a_subclass_may_walk_the_blocks_by_itself():
+    class Walker(UNetModel):
+        def forward(self, x, timesteps=None, context=None, extra=None):
+            emb = self.time_embed(openaimodel.timestep_embedding(timesteps, self.model_channels, repeat_only=False))
+            h, skips = x.type(self.dtype), []
+            for module in self.input_blocks:
+                h = module(h, emb, context)
+                skips.append(h)
+            h = self.middle_block(h, emb, context) + extra
+            for module in self.output_blocks:
+                h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+            return self.out(h.type(x.dtype))
+
+    x, t, c = golden("inputs")["x_T"], torch.tensor([1, 700]), golden("inputs")["c"]
+    base = filled(context_dim=64)
+    walker = Walker(**TINY, context_dim=64).eval()
+    walker.load_state_dict(base.state_dict())
+    torch.testing.assert_close(walker(x, t, c, extra=0.0), base(x, t, c))
+    assert not torch.allclose(walker(x, t, c, extra=1.0), base(x, t, c))
