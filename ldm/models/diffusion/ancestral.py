@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.util import noise_like
 
 
@@ -189,7 +190,5 @@ class AncestralSampling:
         """Latents and intermediates by DDIM in ddim_steps, or else by all the ancestral steps."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **kwargs)
-        from ldm.models.diffusion.ddim import DDIMSampler
-
         shape = (self.channels, self.image_size, self.image_size)
         return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
