@@ -34,6 +34,7 @@ class Finisher:
 
     def __init__(self, options: RunOptions):
         self.text = options.watermark
+        self._noted: set[str] = set()
         self.action = options.safety
         self.checker = None if self.action == "off" else SafetyChecker.load(required=self.action != "auto")
         if self.action == "auto":
@@ -60,6 +61,7 @@ class Finisher:
         if not self.text:
             return image, None
         stamped = stamp(image, self.text)
-        if stamped.note:
+        if stamped.note and stamped.note not in self._noted:
+            self._noted.add(stamped.note)
             logger.warning("%s", stamped.note)
         return stamped.image, stamped.method

@@ -56,9 +56,9 @@ def shipped_config(checkpoint: Path) -> str:
     if beside.exists():
         return str(beside)
     family = open_checkpoint(checkpoint).family
-    if family is None or not family.config:
-        raise CheckpointError(f"{checkpoint} does not tell which model it is: name its YAML with --config")
-    logger.info("%s is a %s checkpoint: using %s", checkpoint, family.name, family.config)
+    if not family.config:
+        raise CheckpointError(f"{checkpoint} ({family.name}) does not tell its config: name its YAML with --config")
+    logger.info("%s is of the family %s: using %s", checkpoint, family.name, family.config)
     return family.config
 
 

@@ -1,0 +1,60 @@
+"""Tiny models on disk, with weights by the contract's rule, for tests that run whole commands."""
+
+from pathlib import Path
+
+import fill
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from support import GOLDENS
+
+from ldm.util import instantiate_from_config
+
+TEXT_ENCODER = {
+    "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "params": {"version": str(GOLDENS / "tiny-clip")},
+}
+VQ_STAGE = {
+    "target": "ldm.models.autoencoder.VQModelInterface",
+    "params": {
+        "embed_dim": 4, "n_embed": 64, "monitor": "val/rec_loss",
+        "ddconfig": {"double_z": False, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+                     "ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0},
+        "lossconfig": {"target": "torch.nn.Identity"},
+    },
+}  # fmt: skip
+
+
+CLASSES = {
+    "target": "ldm.modules.encoders.modules.ClassEmbedder",
+    "params": {"embed_dim": 64, "n_classes": 11, "key": "class_label"},
+}
+
+# What each kind of model changes in the params of a golden config.
+KINDS = {
+    "text": ("tiny", {"cond_stage_config": TEXT_ENCODER}),
+    "v": ("tiny-v2", {"cond_stage_config": TEXT_ENCODER}),
+    "inpaint": ("tiny-inpaint", {"cond_stage_config": TEXT_ENCODER}),
+    "pairs": ("tiny-concat", {"cond_stage_config": "__is_first_stage__", "first_stage_config": VQ_STAGE}),
+    "unconditional": ("tiny-concat", {
+        "cond_stage_config": "__is_unconditional__", "conditioning_key": None, "unet_config.params.in_channels": 4,
+    }),
+    "classes": ("tiny", {"cond_stage_config": CLASSES, "cond_stage_key": "class_label"}),
+}  # fmt: skip
+
+
+def write_model(folder: Path, kind: str = "text", suffix: str = ".ckpt") -> Path:
+    """Write `model<suffix>` and `config.yaml` of a tiny model (64x64 pixels), and give the path of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    golden, params = KINDS[kind]
+    config = OmegaConf.load(GOLDENS / f"{golden}.yaml")
+    for name, value in params.items():
+        OmegaConf.update(config.model.params, name, value, merge=False)
+    OmegaConf.save(config, folder / "config.yaml")
+    state = fill.fill_module(instantiate_from_config(config.model), salt=0).state_dict()
+    path = folder / f"model{suffix}"
+    if suffix == ".safetensors":
+        save_file({key: weight.contiguous() for key, weight in state.items()}, path)
+    else:
+        torch.save({"state_dict": state, "global_step": 0}, path)
+    return path
