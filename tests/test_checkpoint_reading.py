@@ -146,8 +146,8 @@ def lightning(monkeypatch):
     """Classes that pretend to be of old training code, at names where importing them again would fail."""
     def foreign(module: str, name: str, base: type = object) -> type:
         kind = type(name, (base,), {"__module__": module})
-        if module not in sys.modules:
-            monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        for missing in {module, module.split(".")[0]} - sys.modules.keys():
+            monkeypatch.setitem(sys.modules, missing, types.ModuleType(missing))
         monkeypatch.setattr(sys.modules[module], name, kind, raising=False)
         return kind
     return foreign

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.archive import MappedFile, read_archive
 from ldm.checkpoint.families import FAMILIES, UNKNOWN, Family, identify
 from ldm.checkpoint.names import has_ema, rename, select_ema
+from ldm.checkpoint.unpickle import StandIn
 from ldm.errors import CheckpointError
 
 __all__ = ["FAMILIES", "UNKNOWN", "Checkpoint", "Family", "checkpoint_hash", "identify", "open_checkpoint",
@@ -58,8 +59,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     file = _map(path)
     tree = read_archive(file)
-    while isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-        tree = tree["state_dict"]
+    for _ in range(2):  # some files are wrapped twice; a hostile one may hold itself
+        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+            tree = tree["state_dict"]
     entries = tree.items() if isinstance(tree, dict) else ()
     tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
@@ -125,5 +127,6 @@ def _map(path: str | Path) -> MappedFile:
 def _what(tree: Any) -> str:
     """What was found in place of a state dict."""
     if isinstance(tree, dict):
-        return f"a mapping with {', '.join(map(repr, list(tree)[:5])) or 'nothing in it'}"
-    return f"a {type(tree).__name__}" if type(tree).__module__ == "builtins" else repr(tree)[:100]
+        keys = [repr(key)[:40] for key in list(tree)[:5]]
+        return f"a mapping with {', '.join(keys) or 'nothing in it'}"
+    return repr(tree)[:100] if isinstance(tree, StandIn) else f"a {type(tree).__name__}"

@@ -166,7 +166,7 @@ def read_legacy(file: MappedFile) -> Any:
         raise file.error("is a pickle that torch.save did not write: give a .ckpt or .safetensors file")
     version, system = (unpickle(stream, source=file.path) for _ in range(2))
     if version != LEGACY_VERSION or not isinstance(system, dict):
-        raise file.error(f"is of version {version!r} of PyTorch's older form, not {LEGACY_VERSION}: download it again")
+        raise file.error(f"is not of version {LEGACY_VERSION} of PyTorch's older form, the only one: download it again")
     if system.get("little_endian", True) != (sys.byteorder == "little"):
         raise file.error("was written on a machine of another byte order: convert it to .safetensors there")
     start = stream.tell()
@@ -191,6 +191,8 @@ def read_legacy(file: MappedFile) -> Any:
             raise file.error(f"is damaged: its storage {key} has {count} elements; download it again")
         places[key] = offset + 8, count
         offset += 8 + count * types[key].itemsize
+    if offset > file.size:
+        raise file.cut_short(offset)
 
     def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
         offset, present = places.get(key, (0, -1))

@@ -58,7 +58,8 @@ INERT = frozenset(
 INERT_PREFIXES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "omegaconf.",
                   "torch.optim.", "torch.nn.modules.", "ldm.", "taming.", "main.", "__main__.")
 
-MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+KEY = re.compile(r"\w{1,64}")  # of a storage: a number, as torch.save gives it
 
 # Opcodes whose argument is the value itself.
 VALUES = frozenset([
@@ -158,7 +159,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 
 def lookup(module: str, name: str, source) -> Global | torch.dtype:
     """What a name in a pickle stands for here. Raises UnsafeCheckpoint for a name in none of the tables."""
-    if not (isinstance(module, str) and isinstance(name, str) and MODULE_NAME.fullmatch(f"{module}.{name}")):
+    if not (isinstance(module, str) and isinstance(name, str) and NAME.fullmatch(f"{module}.{name}")):
         raise ValueError("a name that is none")
     full = f"{OTHER_MODULES.get(module, module)}.{name}"
     for table in (STORAGES, DTYPES):
@@ -170,7 +171,7 @@ def lookup(module: str, name: str, source) -> Global | torch.dtype:
     if full in INERT or (full.startswith(INERT_PREFIXES) and "." not in name):
         return Global(full)
     raise UnsafeCheckpoint(
-        f"{source} asks to run {full}: weights need no code, so it was not read and nothing was run; "
+        f"{source} asks to run {full[:100]}: weights need no code, so it was not read and nothing was run; "
         "get a .safetensors file, or one from a source that you trust"
     )
 
@@ -184,7 +185,8 @@ def unpickle(file: BinaryIO, storage: Storage | None = None, source="the file") 
     try:
         return Machine(storage, source).run(file)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
-        raise CheckpointError(f"{source} is damaged ({str(error)[:200]}): download it again") from error
+        what = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source} is damaged ({what}): download it again") from error
 
 
 class Machine:
@@ -284,7 +286,7 @@ class Machine:
         """The storage that a persistent id names: ("storage", type, key, device, number of elements[, view])."""
         match identity:
             case ("storage", torch.dtype() as dtype, str() as key, str(), int() as count, *view) if not any(view):
-                if self.storage is None or count < 0:
+                if self.storage is None or count < 0 or not KEY.fullmatch(key):
                     raise ValueError("a storage where none is expected")
                 return self.storage(dtype, key, count)
         raise ValueError("a storage that is described in an unknown way")

@@ -21,6 +21,7 @@ from ldm.checkpoint.names import COMPUTED, TRAINING_ONLY, select_ema
 from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError, ConfigError, LdmError, OutOfMemory
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.modules.blank import blank
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def build_model(config: str | Path | DictConfig) -> nn.Module:
         plain = _run_only(OmegaConf.to_container(section, resolve=True))
         if _is_diffusion(section):
             plain.setdefault("params", {})["use_ema"] = False
-        with torch.device("meta"):
+        with blank():
             return instantiate_from_config(OmegaConf.create(plain))
     except LdmError:
         raise
@@ -180,4 +181,6 @@ def _misfit(model, file: Checkpoint, source: str, missing: list, unexpected: lis
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
+    """The first of many names; those of a damaged file may be anything."""
+    shown = [name if name.isprintable() and len(name) < 200 else repr(name[:200]) for name in names[:LISTED]]
+    return ", ".join(shown) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
