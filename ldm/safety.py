@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ldm.errors import CheckpointError, ConfigError, RequestError
-from ldm.modules.encoders.clip import CLIP_MEAN, CLIP_STD, ClipConfig, ClipVisionTransformer
+from ldm.modules.blank import blank
+from ldm.modules.encoders.clip import CLIP_MEAN, CLIP_STD, ClipConfig, ClipVisionTransformer, tower_config
 from ldm.modules.encoders.files import MODELS, WEIGHTS, local_folder, pick, read_json, read_weights
 
 PUBLISHED = "CompVis/stable-diffusion-safety-checker"
@@ -78,7 +79,7 @@ class SafetyChecker:
                 f"no safety checker at {place}{'' if folder else ' or in the Hugging Face cache'}: "
                 f"put {files} of https://huggingface.co/{PUBLISHED} in {place}, or use --safety off"
             )
-        with torch.device("meta"):
+        with blank():
             network = SafetyNetwork(*read_shape(found))
         network.load_state_dict(pick(read_weights(found), network.state_dict(), found), assign=True)
         return cls(network.to(device))
@@ -104,16 +105,11 @@ def find(folder: str | Path | None = None) -> Path | None:
 
 def read_shape(folder: Path) -> tuple[ClipConfig, int]:
     """The picture tower and the dimensions of the space that config.json describes."""
-    found = read_json(folder / "config.json")
-    try:
-        tower = found["vision_config"]
-        return ClipConfig(
-            width=tower["hidden_size"], layers=tower["num_hidden_layers"], heads=tower["num_attention_heads"],
-            ff=tower["intermediate_size"], act=tower.get("hidden_act", "quick_gelu"),
-            eps=tower.get("layer_norm_eps", 1e-5), image=tower["image_size"], patch=tower["patch_size"],
-        ), found["projection_dim"]
-    except KeyError as error:
-        raise ConfigError(f"{folder / 'config.json'} does not describe a safety checker: no {error}") from error
+    path = folder / "config.json"
+    found = read_json(path)
+    if missing := {"vision_config", "projection_dim"} - set(found):
+        raise ConfigError(f"{path} does not describe a safety checker: it has no {', '.join(sorted(missing))}")
+    return tower_config(found["vision_config"], path), found["projection_dim"]
 
 
 def prepare(image: Image.Image, side: int) -> np.ndarray:

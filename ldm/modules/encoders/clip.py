@@ -1,12 +1,16 @@
 """The CLIP transformers (Radford et al. 2021), under the names that `transformers` gave the weights: pre-norm blocks of
 self-attention and a two-layer perceptron, causal for text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ldm.errors import ConfigError
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -48,6 +52,29 @@ class ClipConfig:
     @property
     def patches(self) -> int:
         return (self.image // self.patch) ** 2
+
+
+def tower_config(found: Mapping[str, Any], source: Path) -> ClipConfig:
+    """One tower, text or vision, as a config.json in the transformers form describes it.
+
+    Raises ConfigError, naming `source`, where the shape of the transformer is not there or its activation is unknown.
+    """
+    own = ClipConfig()
+    try:
+        config = ClipConfig(
+            width=found["hidden_size"], layers=found["num_hidden_layers"], heads=found["num_attention_heads"],
+            ff=found["intermediate_size"], act=found.get("hidden_act", own.act),
+            eps=found.get("layer_norm_eps", own.eps), vocabulary=found.get("vocab_size", own.vocabulary),
+            length=found.get("max_position_embeddings", own.length),
+            # Old configs say 2, which no CLIP ever used: its end mark is the largest id.
+            eos=None if found.get("eos_token_id", 2) == 2 else found["eos_token_id"],
+            image=found.get("image_size", own.image), patch=found.get("patch_size", own.patch),
+        )
+    except KeyError as error:
+        raise ConfigError(f"{source} does not describe a tower of CLIP: it has no {error}") from error
+    if config.act not in ACTIVATIONS:
+        raise ConfigError(f"{source}: hidden_act must be {' or '.join(ACTIVATIONS)}, got {config.act!r}")
+    return config
 
 
 class ClipOutput(NamedTuple):
@@ -176,7 +203,7 @@ class ClipTextTransformer(nn.Module):
 class ClipVisionEmbeddings(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.width))
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.width)))
         self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=config.patch, stride=config.patch, bias=False)
         self.position_embedding = nn.Embedding(config.patches + 1, config.width)
         self.register_buffer("position_ids", positions(config.patches + 1))

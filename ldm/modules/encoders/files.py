@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from ldm.checkpoint import read_checkpoint
 from ldm.errors import CheckpointError, ConfigError
 
 # Where a model that a user has put beside the checkpoints is looked for, by the last part of its name.
@@ -37,22 +37,15 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict of a folder: model.safetensors, else pytorch_model.bin, of which tensors alone are read."""
+    """The state dict of a folder as views of a mapped file: model.safetensors, else pytorch_model.bin."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} has none of {', '.join(WEIGHTS)}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises is not specified
-        raise CheckpointError(f"cannot read the weights {path}: {error}") from error
+    return read_checkpoint(path)
 
 
 def pick(found: dict[str, Tensor], wanted: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """The weights that a module wants, in its own dtype; `position_ids`, which are derived, may be absent.
+    """Copies of the weights that a module wants, in its dtype; `position_ids`, which are derived, may be absent.
 
     Raises CheckpointError that lists those which are missing or of another shape.
     """
@@ -61,4 +54,4 @@ def pick(found: dict[str, Tensor], wanted: dict[str, Tensor], source: Path) -> d
     wrong = [key for key, weight in wanted.items() if key not in found or found[key].shape != weight.shape]
     if wrong:
         raise CheckpointError(f"the weights in {source} lack, or have in another shape: {', '.join(sorted(wrong))}")
-    return {key: found[key].to(weight.dtype) for key, weight in wanted.items()}
+    return {key: found[key].to(weight.dtype, copy=True) for key, weight in wanted.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
-from ldm.modules.encoders.clip import ClipConfig, ClipTextTransformer
+from ldm.modules.encoders.clip import ClipConfig, ClipTextTransformer, tower_config
 from ldm.modules.encoders.files import pick, read_json, read_weights
 from ldm.modules.encoders.general import AbstractEncoder
 from ldm.modules.encoders.openclip import Clip, published_clip
@@ -163,7 +163,8 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
     if not folder.is_dir():
         known = ", ".join(CLIP_VERSIONS)
         raise ConfigError(f"no CLIP text encoder {version!r}: it must be a folder with config.json, or one of {known}")
-    config = clip_config(folder)
+    described = read_json(folder / "config.json")
+    config = tower_config(described.get("text_config") or described, folder / "config.json")
     has_words = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
     if not has_words and config.vocabulary != CLIP_VOCABULARY:
         raise ConfigError(f"{folder} has no tokenizer (vocab.json, merges.txt), and its vocabulary is not CLIP's own")
@@ -175,23 +176,6 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
         }
         transformer.load_state_dict(pick(found, transformer.state_dict(), folder))
     return clip_tokenizer(folder if has_words else None), transformer
-
-
-def clip_config(folder: Path) -> ClipConfig:
-    """The text tower that a transformers config.json describes, alone or as the `text_config` of a whole CLIP."""
-    found = read_json(folder / "config.json")
-    found = found.get("text_config") or found
-    try:
-        return ClipConfig(
-            width=found["hidden_size"], layers=found["num_hidden_layers"], heads=found["num_attention_heads"],
-            ff=found["intermediate_size"], act=found.get("hidden_act", "quick_gelu"),
-            eps=found.get("layer_norm_eps", 1e-5), vocabulary=found.get("vocab_size", CLIP_VOCABULARY),
-            length=found.get("max_position_embeddings", 77),
-            # Old configs say 2, which no CLIP ever used: its end mark is the largest id.
-            eos=None if found.get("eos_token_id", 2) == 2 else found["eos_token_id"],
-        )
-    except KeyError as error:
-        raise ConfigError(f"{folder / 'config.json'} does not describe a CLIP text encoder: no {error}") from error
 
 
 class ZeroPaddedEncoder(TextEncoder):

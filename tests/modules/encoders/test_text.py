@@ -108,6 +108,18 @@ def test_a_folder_may_hold_an_old_bin_file_without_the_text_model_level(tmp_path
         FrozenCLIPEmbedder(str(tmp_path))
 
 
+@pytest.mark.parametrize(("config", "complaint"), [
+    ("{}", "no 'hidden_size'"),
+    ('{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "hidden_act": "x"}',
+     "hidden_act must be quick_gelu or gelu, got 'x'"),
+    ("not json", "cannot read"),
+])
+def test_a_folder_whose_config_cannot_be_used_is_refused(tmp_path, config, complaint):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=complaint):
+        FrozenCLIPEmbedder(str(tmp_path))
+
+
 def test_a_prompt_that_fits_is_encoded_in_silence(tiny, caplog):
     assert tiny.encode(["a red fox"]).shape == (1, 77, 64)
     assert tiny.cut("a red fox") == ""
