@@ -114,7 +114,8 @@ class Run:
         A batch that fails is logged and counted; OutOfMemory ends the run, since it would come again.
         """
         plan, summary = list(plan), Summary()
-        with tqdm(total=sum(moves(batch[0]) for batch in plan), unit="step", disable=None) as bar:
+        steps = sum(len(self.pipeline.walk(batch[0]).levels) - 1 for batch in plan)
+        with tqdm(total=steps, unit="step", disable=None) as bar:
             for batch in plan:
                 wanted = range(len(batch)) if only is None else [only]
                 noise = self.noise.of(batch)
@@ -138,11 +139,6 @@ class Run:
         path = self.outdir.grids.save(self.finish.mark(canvas)[0])
         self.saved(path)
         return path
-
-
-def moves(request: Request) -> int:
-    """How many steps the progress bar counts for a batch."""
-    return int(request.strength * request.steps) if request.init_img else request.steps
 
 
 def describe(request: Request) -> str:

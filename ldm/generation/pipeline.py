@@ -57,6 +57,12 @@ class Pipeline:
         drawn = [inputs.keep_unmasked(to_image(one.permute(1, 2, 0).numpy())) for one in pixels]
         return [Picture(*parts) for parts in zip(drawn, batch, cut, strict=True)]
 
+    def walk(self, request: Request) -> sampling.Tail:
+        """The level that a request starts from, and those that it walks down: one fewer moves than levels."""
+        every = sampling.levels(self.schedule, request.sampler, request.steps, request.schedule)
+        strength = request.strength if request.init_img else 1.0
+        return sampling.tail(every, strength, request.sampler, request.steps, request.schedule)
+
     def _sample(
         self,
         batch: Sequence[Request],
@@ -69,9 +75,7 @@ class Pipeline:
     ) -> Tensor:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
-        every = sampling.levels(self.schedule, request.sampler, request.steps, request.schedule)
-        strength = 1.0 if image is None else request.strength
-        start, levels = sampling.tail(every, strength, request.sampler, request.steps, request.schedule)
+        start, levels = self.walk(request)
         denoise = sampling.denoiser(
             model.apply_model, model.parameterization, told.positive, told.negative, request.scale
         )
@@ -86,8 +90,8 @@ class Pipeline:
         options = {"eta": request.eta, "draw": draw}
         if request.sampler == "dpm_solver":
             options |= {"order": request.solver_order, "method": request.solver_method}
-        walk = sampling.SAMPLERS[request.sampler](denoise, x, levels, self.schedule, **options)
-        for x, level in zip(walk, levels[1:], strict=True):
+        sampler = sampling.SAMPLERS[request.sampler]
+        for x, level in zip(sampler(denoise, x, levels, self.schedule, **options), levels[1:], strict=True):
             if blending and level is not levels[-1]:
                 x.copy_(stages.blend(clean, x, keep, level, draw(x)))
             on_step(x)
