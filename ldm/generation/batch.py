@@ -114,7 +114,7 @@ class Run:
         A batch that fails is logged and counted; OutOfMemory ends the run, since it would come again.
         """
         plan, summary = list(plan), Summary()
-        steps = sum(len(self.pipeline.walk(batch[0]).levels) - 1 for batch in plan)
+        steps = sum(len(self.pipeline.path(batch[0]).levels) - 1 for batch in plan)
         with tqdm(total=steps, unit="step", disable=None) as bar:
             for batch in plan:
                 wanted = range(len(batch)) if only is None else [only]

@@ -57,7 +57,7 @@ class Pipeline:
         drawn = [inputs.keep_unmasked(to_image(one.permute(1, 2, 0).numpy())) for one in pixels]
         return [Picture(*parts) for parts in zip(drawn, batch, cut, strict=True)]
 
-    def walk(self, request: Request) -> sampling.Tail:
+    def path(self, request: Request) -> sampling.Tail:
         """The level that a request starts from, and those that it walks down: one fewer moves than levels."""
         every = sampling.levels(self.schedule, request.sampler, request.steps, request.schedule)
         strength = request.strength if request.init_img else 1.0
@@ -75,7 +75,7 @@ class Pipeline:
     ) -> Tensor:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
-        start, levels = self.walk(request)
+        start, levels = self.path(request)
         denoise = sampling.denoiser(
             model.apply_model, model.parameterization, told.positive, told.negative, request.scale
         )
@@ -91,7 +91,8 @@ class Pipeline:
         if request.sampler == "dpm_solver":
             options |= {"order": request.solver_order, "method": request.solver_method}
         sampler = sampling.SAMPLERS[request.sampler]
-        for x, level in zip(sampler(denoise, x, levels, self.schedule, **options), levels[1:], strict=True):
+        moves = sampler(denoise, x, levels, self.schedule, **options)
+        for x, level in zip(moves, levels[1:], strict=True):
             if blending and level is not levels[-1]:
                 x.copy_(stages.blend(clean, x, keep, level, draw(x)))
             on_step(x)
