@@ -16,7 +16,7 @@ from ldm.models.base import Module
 from ldm.models.diffusion.ancestral import AncestralSampling, countdown
 from ldm.models.diffusion.images import ImageLog, LatentImageLog
 from ldm.models.diffusion.process import PARAMETERIZATIONS, GaussianProcess
-from ldm.models.diffusion.stages import CLASS_KEYS, Stages, disabled_train, frozen
+from ldm.models.diffusion.stages import CLASS_KEYS, TEXT_KEYS, Stages, disabled_train, frozen
 from ldm.models.diffusion.training import Losses, Training
 from ldm.modules.diffusionmodules.util import noise_like
 from ldm.util import instantiate_from_config
@@ -44,7 +44,6 @@ CONDITIONING = {
     "hybrid-adm": ("concat", "context", "y"),
     "crossattn-adm": ("context", "y"),
 }
-TEXT_KEYS = ("caption", "coordinates_bbox", "txt")
 RESTART_KEYS = ("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates")
 
 
@@ -291,7 +290,8 @@ class LatentDiffusion(Stages, AncestralSampling, LatentImageLog, DDPM):
             return batch
         if key == self.first_stage_key:
             return x
-        raw = batch[key] if key in TEXT_KEYS else super().get_input(batch, key)
+        as_it_is = (*TEXT_KEYS, "coordinates_bbox")
+        raw = batch[key] if key in as_it_is else super().get_input(batch, key)
         return raw.to(self.device) if isinstance(raw, Tensor) else raw
 
     def shared_step(self, batch: Mapping, **kwargs) -> Losses:

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.models.diffusion.stages import CLASS_KEYS, TEXT_KEYS
 from ldm.util import isimage, ismap, log_txt_as_img
-
-TEXT_KEYS = ("caption", "txt")
-CLASS_KEYS = ("class_label", "cls")
 
 
 def tensor_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ldm.errors import ConfigError
 from ldm.util import NO_STAGE, instantiate_from_config
 
+# Batch keys whose entries reach the cond stage as they are: texts by themselves, classes with the whole batch.
+TEXT_KEYS = ("caption", "txt")
 CLASS_KEYS = ("class_label", "cls")
 
 

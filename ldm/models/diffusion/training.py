@@ -22,7 +22,6 @@ FORK_SETTINGS = frozenset(
      "unfreeze_model")
 )  # fmt: skip
 
-
 Losses = tuple[Tensor, dict[str, Tensor]]  # what is minimised, and its parts by name
 
 
@@ -156,7 +155,7 @@ class Training:
         return torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device)
 
     def min_snr_weight(self, t: Tensor) -> Tensor:
-        """min(SNR, gamma) as a weight on this parameterization's loss, (b,) (Hang et al. 2023, sec. 3.4)."""
+        """min(SNR, gamma) as a weight on this parameterization's loss, (b,) (Hang et al. 2023)."""
         snr = self.snr(t)
         capped = snr.clamp(max=self.min_snr_gamma)
         match self.parameterization:
@@ -219,7 +218,7 @@ class Training:
     def drop_conditions(self, batch: MutableMapping) -> None:
         """Replace entries of the batch, in place, by their empty value with the probability that ucg_training gives."""
         for key, rule in self.ucg_training.items():
-            empty = "" if rule["val"] is None else rule["val"]
+            empty = "" if rule.get("val") is None else rule["val"]
             for i in (torch.rand(len(batch[key])) < rule["p"]).nonzero().flatten().tolist():
                 batch[key][i] = empty
 

@@ -46,7 +46,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-# the checkpoint format -----------------------------------------------------------------------------------------------
+# The checkpoint format ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [key for key in golden("schedule") if key.startswith("schedule/") and "_S" not in key])
@@ -117,7 +117,7 @@ def test_every_public_name_is_found_in_this_module():
         ddpm.Nothing  # noqa: B018
 
 
-# the process ---------------------------------------------------------------------------------------------------------
+# The process ----------------------------------------------------------------------------------------------------------
 
 
 def test_noising_matches_the_original():
@@ -178,7 +178,7 @@ def test_zero_terminal_snr_is_refused_where_the_network_predicts_noise():
         pixel_model(zero_terminal_snr=True)
 
 
-# conditioning --------------------------------------------------------------------------------------------------------
+# Conditioning ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_the_empty_class_is_the_one_that_the_encoder_keeps(small_model):
     torch.testing.assert_close(empty[0, 0], model.cond_stage_model.embedding.weight[-1])
 
 
-# first stage ---------------------------------------------------------------------------------------------------------
+# First stage ----------------------------------------------------------------------------------------------------------
 
 
 def test_latents_are_scaled_on_the_way_in_and_out():
@@ -353,7 +353,7 @@ def test_codebook_ids_or_their_scores_decode_to_their_codes(vq_model):
     torch.testing.assert_close(vq_model.decode_first_stage(scores, predict_cids=True), want)
 
 
-# get_input -----------------------------------------------------------------------------------------------------------
+# get_input ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_becomes_latents_and_their_condition(small_model, batch):
@@ -398,7 +398,7 @@ def test_an_unconditional_model_gives_no_condition(small_model, batch):
     assert model.get_input(batch, "image", return_original_cond=True)[1:] == [None, None]
 
 
-# sampling ------------------------------------------------------------------------------------------------------------
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 def test_ancestral_sampling_arrives_where_the_network_points():
@@ -502,12 +502,39 @@ def test_conditions_with_their_own_noise_levels_get_the_noise_of_the_step(small_
         small_model(num_timesteps_cond=11)
 
 
+class Controlled(LatentDiffusion):
+    """A subclass as ControlNet writes it: a hint in the batch, and a network reached in its own way."""
+
+    @torch.no_grad()
+    def get_input(self, batch, k, bs=None, *args, **kwargs):
+        x, c = super().get_input(batch, self.first_stage_key, *args, **kwargs)
+        return x, {"c_crossattn": [c], "c_concat": [batch["hint"]]}
+
+    def apply_model(self, x_noisy, t, cond, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        text, hint = torch.cat(cond["c_crossattn"], 1), torch.cat(cond["c_concat"], 1)
+        return self.model.diffusion_model(x=x_noisy, timesteps=t, context=text) + hint
+
+
+def test_a_subclass_trains_and_samples_through_its_own_model_call(small_model, batch):
+    model = small_model()
+    model.__class__ = Controlled
+    batch = batch | {"hint": torch.zeros(2, 4, 8, 8)}
+    model.shared_step(batch)[0].backward()
+    assert model.calls == 1
+    _, cond = model.get_input(batch, "image")
+    samples, _ = model.sample_log(cond=cond, batch_size=2, ddim=True, ddim_steps=5, eta=0.0)
+    assert (samples.shape, model.calls) == ((2, 4, 8, 8), 6)
+    samples, _ = model.sample_log(cond=cond, batch_size=2, ddim=False, ddim_steps=None)
+    assert (samples.shape, model.calls) == ((2, 4, 8, 8), 16)
+
+
 def test_uniform_numbers_lie_between_the_two_bounds():
     x = uniform_on_device(3.0, 2.0, (100,), "cpu")
     assert 2.0 <= x.min() < x.max() <= 3.0
 
 
-# configuration -------------------------------------------------------------------------------------------------------
+# Configuration --------------------------------------------------------------------------------------------------------
 
 
 def test_keywords_that_nobody_knows_are_all_named(small_model):
