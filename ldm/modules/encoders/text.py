@@ -60,7 +60,7 @@ class TextEncoder(AbstractEncoder):
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return found["input_ids"], found["offset_mapping"]
 
-    def cut(self, text: str) -> str:
+    def dropped(self, text: str) -> str:
         """The end of a prompt that does not fit in `max_length` tokens, as it was written; "" where all of it fits."""
         text, room = self.clean(text), self.max_length - 2
         _, spans = self.spans(text)
@@ -70,7 +70,7 @@ class TextEncoder(AbstractEncoder):
         """Ids (b, max_length) of each text, padded or cut; what is cut is quoted in a warning."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in dict.fromkeys(texts):
-            if lost := self.cut(text):
+            if lost := self.dropped(text):
                 logger.warning("the prompt is longer than %d tokens; this was dropped: %r", self.max_length - 2, lost)
         batch = self.tokenizer(
             [self.clean(text) for text in texts],
@@ -85,15 +85,11 @@ class TextEncoder(AbstractEncoder):
         """One text or b texts -> (b, n, c) in the weights' dtype."""
         return self(text)
 
-    def runs(self, text: str) -> list[list[int]]:
+    def chunks(self, text: str) -> list[list[int]]:
         """The ids of a prompt in runs that each fit between two marks, cut as `ldm.prompt.split` does."""
         text = self.clean(text)
         ids, spans = self.spans(text)
         return [ids[run] for run in split(text, spans, self.max_length - 2)]
-
-    def chunks(self, text: str) -> int:
-        """How many chunks `encode_long` needs for a prompt."""
-        return len(self.runs(text))
 
     def encode_long(self, texts: Sequence[str], count: int | None = None) -> Tensor:
         """Encode each prompt in `count` chunks, one after the other: (b, count * max_length, c).
@@ -101,7 +97,7 @@ class TextEncoder(AbstractEncoder):
         count defaults to what the longest text needs; a prompt and its negative need the larger of the two. A text with
         fewer chunks is filled up with empty ones. Raises ValueError where `count` is too small.
         """
-        rows = [self.runs(text) for text in texts]
+        rows = [self.chunks(text) for text in texts]
         need = max(map(len, rows))
         count = need if count is None else count
         if count < need:

@@ -75,7 +75,7 @@ def test_texts_become_states_and_long_ones_are_cut_or_chunked(vocabulary, caplog
     assert encoder.encode("a cat on a HILL").shape == (1, 6, 16)
     assert "'HILL'" in caplog.text
     assert encoder.encode_long(["a cat on a cats"]).shape == (1, 12, 16)
-    assert encoder.runs("a cat on cats") == [[5, 6, 8], [6, 7]]
+    assert encoder.chunks("a cat on cats") == [[5, 6, 8], [6, 7]]
 
 
 def test_ids_may_stand_in_place_of_texts():

@@ -122,14 +122,14 @@ def test_a_folder_whose_config_cannot_be_used_is_refused(tmp_path, config, compl
 
 def test_a_prompt_that_fits_is_encoded_in_silence(tiny, caplog):
     assert tiny.encode(["a red fox"]).shape == (1, 77, 64)
-    assert tiny.cut("a red fox") == ""
+    assert tiny.dropped("a red fox") == ""
     assert not caplog.records
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_the_warning_quotes_what_was_lost(tiny, caplog):
     kept, lost = " ".join(["!"] * 75), "Fantasy  HORSE, on the hill"
     states = tiny.encode([f"{kept} {lost}"] * 2)
-    assert tiny.cut(f"{kept} {lost}") == lost
+    assert tiny.dropped(f"{kept} {lost}") == lost
     assert [record.getMessage() for record in caplog.records] == [
         f"the prompt is longer than 75 tokens; this was dropped: {lost!r}"
     ]
