@@ -174,8 +174,9 @@ def _misfit(model, file: Checkpoint, source: str, missing: list, unexpected: lis
     expected = identify({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     if file.family not in (expected, UNKNOWN):
         counts = ", ".join(f"{len(names):,} {what}" for what, names in lists.items() if names)
-        return (f"{file.path} does not fit {source}: this is a checkpoint of the family {file.family.name}, "
-                f"{file.family.advice()} (weights: {counts})")
+        article = "an" if file.family.name[0] in "AEIOaeio" else "a"
+        return (f"{file.path} does not fit {source} ({counts}): this is {article} {file.family.name} checkpoint: "
+                f"{file.family.advice()}")
     details = "; ".join(f"{len(names):,} weights {what}: {_some(names)}" for what, names in lists.items() if names)
     return f"{file.path} does not fit {source}: {details}"
 
