@@ -26,8 +26,9 @@ class Autoencoder(Module):
     """What both autoencoders share: the networks, checkpoints, EMA, and training against a discriminator.
 
     `lossconfig` names a module that is called as those of `ldm.modules.losses` are; for inference, Identity will do.
-    The two optimizers take turns on each batch, so that Lightning counts two steps for it. `learning_rate` and
-    `accumulate_grad_batches` are set from outside: Lightning itself cannot accumulate for more than one optimizer.
+    Two optimizers take turns on each batch, so that Lightning counts two steps for it; or there is one alone, where the
+    loss has no discriminator. `learning_rate` and `accumulate_grad_batches` are set from outside: Lightning itself
+    cannot accumulate for more than one optimizer.
     """
 
     accumulate_grad_batches = 1
@@ -49,6 +50,7 @@ class Autoencoder(Module):
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.loss = instantiate_from_config(lossconfig)
+        self.turns = 1 if getattr(self.loss, "discriminator", self.loss) is None else 2
         self.quant_conv = nn.Conv2d(moments * ddconfig["z_channels"], moments * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.use_ema = False
@@ -116,15 +118,16 @@ class Autoencoder(Module):
 
     @property
     def batches_trained(self) -> int:
-        """Updates so far: Lightning counts a step for each of the two optimizers."""
-        return self.global_step // 2
+        """Updates so far: Lightning counts a step for each optimizer."""
+        return self.global_step // self.turns
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """One update of the autoencoder, then one of the discriminator on the same reconstructions."""
         x = self.get_input(batch, self.image_key)
         outcome = self.reconstruct(x)
         due = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        for part, (optimizer, name) in enumerate(zip(self.optimizers(), ("aeloss", "discloss"))):
+        optimizers = self.optimizers() if self.turns > 1 else [self.optimizers()]
+        for part, (optimizer, name) in enumerate(zip(optimizers, ("aeloss", "discloss"))):
             with optimizer.toggle_model(sync_grad=due):
                 loss, parts = self.get_loss(x, outcome, part, "train")
                 self.manual_backward(loss / self.accumulate_grad_batches)
@@ -152,9 +155,16 @@ class Autoencoder(Module):
     def _validate(self, batch: Mapping[str, Any], split: str) -> None:
         x = self.get_input(batch, self.image_key)
         outcome = self.reconstruct(x)
-        for part in (0, 1):
+        for part in range(self.turns):
             _, parts = self.get_loss(x, outcome, part, split)
             self.log_dict(parts, batch_size=len(x))
+
+    def _optimizers(self, autoencoder: list[nn.Parameter], lr: float) -> list[torch.optim.Optimizer]:
+        """Adam for the autoencoder at `lr`, and Adam for the discriminator, if there is one, at `learning_rate`."""
+        groups = [(autoencoder, lr)]
+        if self.turns > 1:
+            groups.append((self.loss.discriminator.parameters(), self.learning_rate))
+        return [torch.optim.Adam(parameters, lr=rate, betas=(0.5, 0.9)) for parameters, rate in groups]
 
     def _autoencoder_parameters(self) -> list[nn.Parameter]:
         return [p for module in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
@@ -242,10 +252,7 @@ class AutoencoderKL(Autoencoder):
     def configure_optimizers(self) -> tuple[list, list]:
         """Adam for the autoencoder and Adam for the discriminator."""
         variance = [self.loss.logvar] if self.learn_logvar else []
-        return [
-            torch.optim.Adam(self._autoencoder_parameters() + variance, lr=self.learning_rate, betas=(0.5, 0.9)),
-            torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=(0.5, 0.9)),
-        ], []
+        return self._optimizers(self._autoencoder_parameters() + variance, self.learning_rate), []
 
     def _show(self, x: Tensor) -> dict[str, Tensor]:
         reconstruction, posterior = self(x)
@@ -335,10 +342,7 @@ class VQModel(Autoencoder):
     def configure_optimizers(self) -> tuple[list, list]:
         """Adam for the autoencoder and Adam for the discriminator, each with the schedule of the config, if any."""
         generator = self._autoencoder_parameters() + list(self.quantize.parameters())
-        optimizers = [
-            torch.optim.Adam(generator, lr=self.lr_g_factor * self.learning_rate, betas=(0.5, 0.9)),
-            torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=(0.5, 0.9)),
-        ]
+        optimizers = self._optimizers(generator, self.lr_g_factor * self.learning_rate)
         if self.scheduler_config is None:
             return optimizers, []
         schedule = instantiate_from_config(self.scheduler_config).schedule

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import LinearAttention
 from ldm.modules.attention_ops import attention
+from ldm.modules.diffusionmodules.util import regroup
 
 
 def nonlinearity(x: Tensor) -> Tensor:
@@ -159,7 +160,8 @@ def _level(channels: int, out: int, blocks: int, dropout: float, attn_type: str 
 class Encoder(nn.Module):
     """Picture (b, in_channels, h, w) -> features (b, 2 * z_channels if double_z, h / f, w / f), f = 2^(levels - 1).
 
-    attn_resolutions are sides at which each block is followed by attention, counted from `resolution`.
+    attn_resolutions are sides at which each block is followed by attention, counted from `resolution`. norm_channels:
+    how many channels are normalised together, instead of a 32nd of all.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class Encoder(nn.Module):
         double_z: bool = True,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        norm_channels: int | None = None,
         **ignored,
     ):
         super().__init__()
@@ -200,6 +203,7 @@ class Encoder(nn.Module):
         self.mid = _middle(widths[-1], dropout, attn_type)
         self.norm_out = Normalize(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels if double_z else z_channels, 3, padding=1)
+        regroup(self, norm_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -238,6 +242,7 @@ class Decoder(nn.Module):
         tanh_out: bool = False,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        norm_channels: int | None = None,
         **ignored,
     ):
         super().__init__()
@@ -262,6 +267,7 @@ class Decoder(nn.Module):
             self.up.append(level)
         self.norm_out = Normalize(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
+        regroup(self, norm_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(z))))

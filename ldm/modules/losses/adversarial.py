@@ -13,7 +13,8 @@ class AdversarialLoss(nn.Module):
     """Reconstruction, perceptual and adversarial terms (Esser et al. 2021, section 3.1).
 
     disc_start: the step from which the discriminator counts. perceptual_weight 0 needs no VGG16; its weights are read
-    from `perceptual_files`, see `LPIPS`. disc_conditional lets the discriminator see the condition too.
+    from `perceptual_files`, see `LPIPS`. disc_conditional lets the discriminator see the condition too. disc_factor 0
+    does without a discriminator: it is then None.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class AdversarialLoss(nn.Module):
         self.perceptual_weight = perceptual_weight
         if perceptual_weight > 0:
             self.perceptual_loss = LPIPS(perceptual_files)
-        self.discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers)
+        self.discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers) if disc_factor else None
         self.discriminator_iter_start = disc_start
         self.disc_loss = D_LOSSES[disc_loss]
         self.disc_factor = disc_factor
@@ -72,6 +73,8 @@ class AdversarialLoss(nn.Module):
         cond: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What fooling the discriminator adds to the autoencoder's loss, and its parts by name."""
+        if self.discriminator is None:
+            return reconstructions.new_zeros(()), {}
         factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
         g_loss = -self.logits(reconstructions, cond).mean()
         if factor > 0 and nll_loss.requires_grad:
