@@ -63,7 +63,7 @@ def _usable(past: list[Known], now: Level, then: Level, order: int) -> list[Know
 
 
 def _curve(now: float, then: float, x0: Tensor, past: list[Known]) -> Tensor:
-    """What the change of x0 adds to a glide, by one or two earlier values, newest first."""
+    """What the change of x0 adds to a glide, by one or two earlier values, newest first (as in the authors' code)."""
     h = then - now
     lam1, old1 = past[0]
     r0 = (now - lam1) / h

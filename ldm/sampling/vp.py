@@ -1,6 +1,7 @@
 """Samplers in the variance-preserving view, as CompVis runs them: DDPM, DDIM and PLMS."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -48,25 +49,33 @@ def sample_ddpm(
 def sample_plms(
     denoise: Denoise, x: Tensor, levels: Sequence[Level], *, draw: Draw = torch.randn_like
 ) -> Iterator[Tensor]:
-    """Yield the latent (b, c, h, w) after each pseudo linear multistep move (Liu et al. 2022).
-
-    The first step is an improved Euler step instead of Runge-Kutta: two evaluations and, as in the original, two draws.
-    """
+    """Yield the latent (b, c, h, w) after each pseudo linear multistep move (Liu et al. 2022)."""
     past: list[Tensor] = []
     for now, then in pairwise(levels):
-        pred = denoise(x, now)
-        if past:
-            eps = extrapolate(pred.eps, past)
-        elif now.alpha and then.sigma:
-            eps = (pred.eps + denoise(move(pred, now, then, draw=draw), then).eps) / 2
-        else:  # from pure noise or straight to the clean latent there is nothing to average: one Euler step
-            eps = None
-        past = [*past[-2:], pred.eps]
-        x = move(pred if eps is None else to_prediction("eps", x, eps, now), now, then, draw=draw)
+        x, _, eps = plms_step(denoise, x, now, then, past, partial(move, now=now, then=then, draw=draw))
+        past = [*past[-2:], eps]
         yield x
 
 
-def extrapolate(eps: Tensor, past: Sequence[Tensor]) -> Tensor:
-    """The noise over the coming step from its latest value and up to three earlier ones, oldest first."""
-    weights = ADAMS_BASHFORTH[len(past)]
-    return sum(weight * value for weight, value in zip(weights, (eps, *reversed(past)), strict=True))
+def plms_step(
+    denoise: Denoise,
+    x: Tensor,
+    now: Level,
+    then: Level,
+    past: Sequence[Tensor],
+    advance: Callable[[Prediction], Tensor],
+) -> tuple[Tensor, Prediction, Tensor]:
+    """One move by the eps of up to three earlier ones, oldest first: (the next x, what led there, eps at `now`).
+
+    advance: prediction -> the next x. The first move is an improved Euler step in place of Runge-Kutta: two evaluations
+    and, as in the original, two calls of `advance`.
+    """
+    pred = lead = denoise(x, now)
+    if past:
+        weights = ADAMS_BASHFORTH[len(past)]
+        eps = sum(weight * value for weight, value in zip(weights, (pred.eps, *reversed(past)), strict=True))
+        lead = to_prediction("eps", x, eps, now)
+    elif now.alpha and then.sigma:  # else there is nothing to average: from pure noise, or straight to the clean latent
+        eps = (pred.eps + denoise(advance(pred), then).eps) / 2
+        lead = to_prediction("eps", x, eps, now)
+    return advance(lead), lead, pred.eps
