@@ -40,8 +40,9 @@ class SetupCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for folder in (self.logdir, self.ckptdir, self.cfgdir):
             folder.mkdir(parents=True, exist_ok=True)
+        lightning = OmegaConf.create({"lightning": self.lightning_config})
         OmegaConf.save(self.config, self.cfgdir / f"{self.now}-project.yaml")
-        OmegaConf.save(OmegaConf.create({"lightning": self.lightning_config}), self.cfgdir / f"{self.now}-lightning.yaml")
+        OmegaConf.save(lightning, self.cfgdir / f"{self.now}-lightning.yaml")
 
 
 class ImageLogger(Callback):

@@ -47,33 +47,33 @@ GONE = {
     "track_grad_norm": "log it from the model",
     "truncated_bptt_steps": "nothing takes its place",
 }
+KNOWN = OPTIONS | RENAMED.keys() | IDLE | GONE.keys()
 STRATEGIES = ("ddp", "ddp2", "ddp_spawn", "dp", "ddp_cpu", "horovod")  # which `accelerator` of Lightning 1 could name
 
 
 def read_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Split what the parser of main.py left into key.sub=value overrides and {trainer option: value}.
 
-    Values read as YAML does. Raises RequestError for a word that is neither.
+    Values are read as YAML. Raises RequestError for a word that is neither.
     """
-    dotlist, flags, words = [], {}, list(words)
+    dotlist: list[str] = []
+    flags: dict[str, Any] = {}
+    words = list(words)
     while words:
         word = words.pop(0)
-        if not word.startswith("-") and "=" in word:
+        option, given, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if given and not option.startswith("-"):
             dotlist.append(word)
-            continue
-        name, given, value = word.removeprefix("--").replace("-", "_").partition("=") if "=" not in word else (
-            word.removeprefix("--").partition("=")[0].replace("-", "_"), "=", word.partition("=")[2])
-        if not word.startswith("--") or name not in OPTIONS | RENAMED.keys() | IDLE | GONE.keys():
+        elif option.startswith("--") and name in KNOWN:
+            if not given:
+                follows = words and not words[0].startswith("--") and "=" not in words[0]
+                value = words.pop(0) if follows else "true"
+            flags[name] = value if name == "gpus" else yaml.safe_load(value)
+        else:
             raise RequestError(f"unknown argument {word!r}: options of main.py are in --help, those of Lightning's "
                                "Trainer look like --max_steps 100, changes to the config like model.params.key=value")
-        if not given:
-            value = words.pop(0) if words and not words[0].startswith("--") and not is_override(words[0]) else "true"
-        flags[name] = value if name == "gpus" else yaml.safe_load(value)
     return dotlist, flags
-
-
-def is_override(word: str) -> bool:
-    return "=" in word and not word.startswith("-")
 
 
 def trainer_options(options: Mapping[str, Any]) -> dict[str, Any]:

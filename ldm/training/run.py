@@ -3,8 +3,7 @@
 import argparse
 import datetime
 import logging
-import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,10 @@ def find_place(options: argparse.Namespace, now: str) -> Place:
     found = Path(resume)
     if not found.exists():
         raise RequestError(f"nothing to resume at {found}: give the log folder of a run, or a checkpoint in it")
-    logdir, checkpoint = (found.parent.parent, found) if found.is_file() else (found, found / "checkpoints" / "last.ckpt")
+    if found.is_file():
+        logdir, checkpoint = found.parent.parent, found
+    else:
+        logdir, checkpoint = found, found / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
         raise RequestError(f"{logdir} has no checkpoints/last.ckpt: name the checkpoint to go on from")
     return Place(logdir, checkpoint, (*sorted((logdir / "configs").glob("*-project.yaml")), *map(Path, options.base)))
@@ -68,6 +70,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not place.configs:
         raise RequestError("nothing to run: name a config with -b/--base, or a log folder with -r/--resume")
     config = merge_configs(place.configs, dotlist)
+    OmegaConf.resolve(config)
     lightning = config.pop("lightning", OmegaConf.create())
     pl.seed_everything(options.seed, workers=True, verbose=False)
 

@@ -1,5 +1,7 @@
-"""What makes an interrupted run go on as if nothing had happened: chance that depends on the step alone, and a last.ckpt
-that is written between two steps."""
+"""What lets an interrupted run go on as if nothing had happened.
+
+Chance depends on the number of the step alone, and last.ckpt is written between two steps.
+"""
 
 import logging
 import signal

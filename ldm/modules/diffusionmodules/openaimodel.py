@@ -18,6 +18,7 @@ from ldm.modules.diffusionmodules.util import (
     conv_nd,
     linear,
     normalization,
+    regroup,
     timestep_embedding,
     zero_module,
 )
@@ -258,8 +259,9 @@ class UNetModel(nn.Module):
     With `context_dim` (or use_spatial_transformer) the attention layers also look at a context, else they are plain
     self-attention. attention_resolutions are downsampling factors, not sides. num_res_blocks, transformer_depth,
     disable_self_attentions and num_attention_blocks may be given for each level. `legacy` only lets num_heads_upsample
-    count. image_size is a note for callers; use_fp16, use_bf16 and spatial_transformer_attn_type change nothing: the
-    weights tell the dtype, `ldm.modules.attention_ops` the kind of attention.
+    count. norm_channels: how many channels are normalised together, instead of a 32nd of all. image_size is a note for
+    callers; use_fp16, use_bf16 and spatial_transformer_attn_type change nothing: the weights tell the dtype,
+    `ldm.modules.attention_ops` the kind of attention.
     """
 
     def __init__(
@@ -296,6 +298,7 @@ class UNetModel(nn.Module):
         adm_in_channels: int | None = None,
         transformer_depth_middle: int | None = None,
         spatial_transformer_attn_type: str = "softmax",
+        norm_channels: int | None = None,
     ):
         super().__init__()
         if use_spatial_transformer and context_dim is None:
@@ -397,6 +400,7 @@ class UNetModel(nn.Module):
         )
         if self.predict_codebook_ids:
             self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, model_channels, n_embed, 1))
+        regroup(self, norm_channels)
 
     @property
     def dtype(self) -> th.dtype:
