@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, RequestError
 from ldm.modules.encoders.clip import ClipConfig, ClipTextTransformer, tower_config
 from ldm.modules.encoders.files import pick, read_json, read_weights
 from ldm.modules.encoders.general import AbstractEncoder
 from ldm.modules.encoders.openclip import Clip, published_clip
 from ldm.modules.encoders.tokenizer import CLIP_VOCABULARY, TextTokenizer, clip_tokenizer
-from ldm.prompt import split
+from ldm.prompt import Weighted, plain_text, split
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,34 @@ class TextEncoder(AbstractEncoder):
         ids = [[bos, *run, eos] + [pad] * (self.max_length - 2 - len(run)) for run in filled]
         states = self.encode_ids(torch.tensor(ids, device=self.device))  # (b * count, max_length, c)
         return states.unflatten(0, (len(texts), count)).flatten(1, 2)
+
+    def token_weights(self, prompt: Sequence[Weighted], count: int | None = None) -> Tensor:
+        """The weight of each token of a prompt, marks and padding 1: (chunks, max_length)."""
+        weights = [weight for text, weight in prompt for _ in self.spans(self.clean(text))[0]]
+        text, room = self.clean(plain_text(prompt)), self.max_length - 2
+        runs = [slice(0, room)] if count is None else split(text, self.spans(text)[1], room)
+        rows = torch.ones(count or 1, self.max_length)
+        for row, run in zip(rows, runs):
+            kept = torch.tensor(weights[run])
+            row[1:1 + len(kept)] = kept
+        return rows
+
+    def weigh(self, states: Tensor, prompt: Sequence[Weighted], count: int | None = None) -> Tensor:
+        """Multiply each state by the weight of its token, then all of a chunk so that their mean is what it was.
+
+        states: (1, n, c), what `encode` gives for the words of the prompt, or `encode_long` in `count` chunks. This is
+        the convention of AUTOMATIC1111's web UI, for each prompt by itself. Raises RequestError where a text is one
+        vector.
+        """
+        weights = self.token_weights(prompt, count).to(states.device)
+        if states.shape[1] != weights.numel():
+            raise RequestError(f"{type(self).__name__} does not give a state for each token: it cannot weigh words")
+        before = states.float().unflatten(1, weights.shape)  # (1, chunks, max_length, c)
+        after = before * weights[..., None]
+        wanted, got = (x.mean(dim=(2, 3), keepdim=True) for x in (before, after))
+        # States without a bias have no mean but for rounding, and nothing to be restored.
+        real = got.abs() > 1e-5 * after.abs().mean(dim=(2, 3), keepdim=True)
+        return (after * torch.where(real, wanted / got, 1.0)).flatten(1, 2).to(states.dtype)
 
 
 class FrozenCLIPEmbedder(TextEncoder):

@@ -1,4 +1,4 @@
-"""Prompts as text: nothing here knows a tokenizer or a model."""
+"""Where a prompt that is too long for one pass of the text encoder is cut."""
 
 from collections.abc import Sequence
 
