@@ -51,7 +51,7 @@ def multistep(
         x = glide(x, x0, now, then)
         if used := _usable(past, now, then, min(order, left) if lower_at_end else order):
             x = x + then.alpha * _curve(now.log_snr, then.log_snr, x0, used)
-        past = [(now.log_snr, x0), *past]
+        past = [(now.log_snr, x0), *past[:order - 1]]
         yield x
 
 
@@ -128,7 +128,7 @@ def sample_unipc(denoise: Denoise, x: Tensor, levels: Sequence[Level], *, order:
         predicted = _unified(now, then, x0, used) if used else 0.0
         x = x + predicted
         ahead = (now, then, x0)
-        past = [(now.log_snr, x0), *past]
+        past = [(now.log_snr, x0), *past[:order - 1]]
         yield x
 
 
