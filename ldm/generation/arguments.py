@@ -43,6 +43,9 @@ def add_prompts(parser: Parser, prompt: str) -> None:
     group.add_argument("--from-file", metavar="FILE", help="draw each line of a UTF-8 file instead of --prompt")
     group.add_argument("--long_prompt", choices=LONG_PROMPTS, default=Request.long_prompt,
                        help="a prompt past 77 tokens is cut, or encoded in chunks of 75 (default: %(default)s)")
+    group.add_argument("--prompt_weights", action="store_true",
+                       help="read brackets in prompts: (more) [less] (words:1.3), and from step to step [from:to:0.4] "
+                       "[a|b]; without it they are text like any other")
 
 
 def add_sampling(

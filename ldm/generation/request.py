@@ -23,6 +23,7 @@ class Request:
     """One picture: what to draw, how to sample it, and what to start from. It checks itself when it is made.
 
     width, height: pixels, or None for the model's native size. strength: how much of `init_img` is noised away, 0 to 1.
+    prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
     Raises RequestError.
@@ -43,6 +44,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     long_prompt: str = "cut"
+    prompt_weights: bool = False
     init_img: str | None = None
     mask: str | None = None
     strength: float = 1.0

@@ -10,11 +10,12 @@ from ldm.sampling.guidance import ApplyModel, Predict, guide
 from ldm.sampling.prediction import Level, Prediction, to_prediction
 
 
-@dataclass(frozen=True)
+@dataclass
 class Denoiser:
     """What samplers call: x (b, c, h, w) at a level -> the clean latent and the noise in it.
 
-    predict: (x, t (b,)) -> the network's output, guidance included; kind: what that output is, eps, v or x0.
+    predict: (x, t (b,)) -> the network's output, guidance included, which the loop around a walk may replace from step
+    to step; kind: what that output is, eps, v or x0.
     """
 
     predict: Predict

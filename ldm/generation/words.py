@@ -1,0 +1,60 @@
+"""The prompts of a batch as the denoiser is told them, from step to step."""
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from ldm.errors import RequestError
+from ldm.generation.request import Request
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.prompt import Weighted, merge_schedules, parse_weights, plain_text, prompt_schedule
+from ldm.sampling.guidance import stack
+
+
+def script(batch: Sequence[Request], steps: int) -> dict[int, tuple[str, ...]]:
+    """The prompts, then the negative ones where the scale asks for guidance, under the first step they hold for."""
+    texts = [request.prompt for request in batch]
+    if batch[0].scale != 1.0:
+        texts += [request.negative_prompt for request in batch]
+    if not batch[0].prompt_weights:
+        return {0: tuple(texts)}
+    return dict(merge_schedules([prompt_schedule(text, steps) for text in texts]))
+
+
+class Words:
+    """Prompts as states; each text is encoded once, by itself, so that they do not depend on its neighbours.
+
+    texts: all that will be asked for. request: how they are read (`prompt_weights`) and encoded (`long_prompt`); in
+    chunks, all have as many as the longest needs. Raises RequestError where the encoder cannot weigh words.
+    """
+
+    def __init__(self, model: LatentDiffusion, texts: Iterable[str], request: Request):
+        self.model, self.encoder = model, model.cond_stage_model
+        read = {text: parse_weights(text) if request.prompt_weights else [(text, 1.0)] for text in texts}
+        self.plain = {text: plain_text(prompt) for text, prompt in read.items()}
+        chunked = request.long_prompt == "chunk"
+        self.count = max(len(self.encoder.chunks(text)) for text in self.plain.values()) if chunked else None
+        self.states = {text: self._encode(self.plain[text], prompt) for text, prompt in read.items()}
+
+    def _encode(self, text: str, prompt: Sequence[Weighted]) -> Any:
+        if self.count is None:
+            states = self.model.get_learned_conditioning([text])
+        else:
+            states = self.encoder.encode_long([text], self.count)
+        if all(weight == 1 for _, weight in prompt):
+            return states
+        if not hasattr(self.encoder, "weigh"):
+            raise RequestError(f"{type(self.encoder).__name__} cannot weigh words: leave --prompt_weights out")
+        return self.encoder.weigh(states, prompt, self.count)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor | Any:
+        """The states of a batch of texts: (b, tokens, channels)."""
+        return reduce(stack, (self.states[text] for text in texts))
+
+    def cut(self, text: str) -> str:
+        """The words of a text that the encoder does not take."""
+        if self.count is not None or not hasattr(self.encoder, "dropped"):
+            return ""
+        return self.encoder.dropped(self.plain[text])
