@@ -12,16 +12,21 @@ import logging
 import sys
 
 from ldm.errors import LdmError
-from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.util import instantiate_from_config
 
 __all__ = ["instantiate_from_config", "main"]
 
 
 def __getattr__(name: str):
     """What scripts and YAML import from `main`: DataModuleFromConfig, ImageLogger, SetupCallback ..."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return get_obj_from_str(f"main.{name}")
+    import ldm.training
+
+    return getattr(ldm.training, name)
+
+
+def is_change(word: str) -> bool:
+    """Whether a word of the command line is a key.sub=value for the config."""
+    return "=" in word and not word.startswith("-")
 
 
 def yes_or_no(text: str) -> bool:
@@ -54,12 +59,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    options, overrides = make_parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    changes = [word for word in words if is_change(word)]  # apart: a switch would take the next for its value
+    options, others = make_parser().parse_known_args([word for word in words if not is_change(word)])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from ldm.training.run import run
 
     try:
-        return run(options, overrides)
+        return run(options, [*changes, *others])
     except LdmError as error:
         logging.error("main.py: %s", error)
         return error.exit_code

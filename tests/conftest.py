@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import ldm.models.base  # noqa: F401 -- before any test imports Lightning: models are light here, as when they are run
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():

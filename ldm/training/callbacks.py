@@ -125,6 +125,9 @@ class ImageLogger(Callback):
 class CUDACallback(Callback):
     """Log how long each epoch took and, on CUDA, the peak of memory."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = time.monotonic()  # also where a resumed run begins in the middle of an epoch
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)

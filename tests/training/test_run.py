@@ -1,0 +1,100 @@
+"""Runs of main.py as users start, interrupt and resume them."""
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from ldm.checkpoint import open_checkpoint, read_checkpoint
+from ldm.models.load import load_model
+from ldm.util import instantiate_from_config
+
+
+def alarm(step: int, signum: int | None) -> list[str]:
+    """Overrides that make a run interrupt itself once, at a step."""
+    number = "null" if signum is None else int(signum)
+    return ["lightning.callbacks.alarm.target=alarm.Alarm", f"lightning.callbacks.alarm.params.step={step}",
+            f"lightning.callbacks.alarm.params.signum={number}"]
+
+
+def curve(logs: Path) -> dict[int, float]:
+    """The training loss by step, from every CSV that a log folder holds."""
+    rows = [row for file in sorted(logs.glob("csv/*/metrics.csv")) for row in csv.DictReader(file.open())]
+    return {int(row["step"]): float(row["train/loss_step"]) for row in rows if row.get("train/loss_step")}
+
+
+def weights(logs):
+    return torch.load(logs / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+# Step 4 is in the middle of the first epoch of six batches, step 6 its end.
+@pytest.mark.parametrize("step, signum, code", [(4, signal.SIGTERM, 143), (6, signal.SIGINT, 130), (7, None, 1)])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(runs, whole, step, signum, code):
+    logs = runs.train(f"interrupted-{step}", *alarm(step, signum), code=code)
+    code, output = runs.run("-r", logs, "-t", "--no-test", "lightning.callbacks.alarm=null")
+    assert code == 0, output
+
+    assert curve(logs) == curve(whole)
+    resumed, straight = weights(logs), weights(whole)
+    assert resumed["global_step"] == straight["global_step"] == 9
+    for key, weight in straight["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][key], weight), key
+
+
+def test_a_run_leaves_its_configs_curves_and_checkpoints(whole):
+    assert {path.name for path in whole.iterdir()} >= {"checkpoints", "configs", "csv", "tensorboard"}
+    assert len(list((whole / "configs").glob("*-project.yaml"))) == 1
+    assert sorted(curve(whole)) == list(range(9))
+
+
+def test_the_warm_up_and_the_scaled_learning_rate_reach_the_optimizer(whole):
+    (group,) = weights(whole)["optimizer_states"][0]["param_groups"]
+    assert group["initial_lr"] == pytest.approx(2 * 1e-4)  # the batch size times base_learning_rate
+    assert weights(whole)["lr_schedulers"][0]["last_epoch"] == 9
+
+
+def test_the_loader_of_the_scripts_reads_what_training_wrote(whole, monkeypatch):
+    path = whole / "checkpoints" / "last.ckpt"
+    monkeypatch.chdir(whole.parent)
+    (config,) = (whole / "configs").glob("*-project.yaml")
+    model = load_model(config, path)
+    assert open_checkpoint(path).has_ema
+    averaged = read_checkpoint(path, use_ema=True)["model.diffusion_model.out.2.weight"]
+    assert torch.equal(model.model.diffusion_model.out[2].weight, averaged)
+    assert model.scale_factor != 1.0
+
+
+def test_a_signal_that_asks_for_a_checkpoint_does_not_end_the_run(runs):
+    logs = runs.train("asked", *alarm(3, signal.SIGUSR1))
+    assert weights(logs)["global_step"] == 9
+
+
+@pytest.mark.parametrize("words, code, clue", [
+    (["-t"], 2, "name a config"),
+    (["-b", "absent.yaml", "-t"], 3, "no config at absent.yaml"),
+    (["-b", "tiny.yaml", "-t", "--max_stepz", "3"], 2, "unknown argument '--max_stepz'"),
+    (["-b", "tiny.yaml", "-t", "--auto_lr_find"], 3, "set model.base_learning_rate"),
+    (["-b", "tiny.yaml", "-t", "model.target=ldm.nowhere.Model"], 3, "there is no module ldm.nowhere"),
+    (["-r", "nowhere", "-t"], 2, "nothing to resume at nowhere"),
+    (["-r", ".", "-n", "x"], 2, "give one of them"),
+])
+def test_a_command_that_cannot_be_carried_out_says_so_in_one_line(runs, monkeypatch, caplog, words, code, clue):
+    monkeypatch.chdir(runs.folder)
+    assert main.main(words) == code
+    (line,) = (record.message for record in caplog.records if record.levelname == "ERROR")
+    assert clue in line
+
+
+def test_a_switch_before_a_change_to_the_config_does_not_take_it_for_its_value():
+    with pytest.raises(SystemExit):
+        main.make_parser().parse_args(["--no-test", "perhaps"])
+    assert main.main(["--no-test", "model.x=1"]) == 2  # for want of a config alone
+
+
+def test_what_public_code_imports_from_main_is_there():
+    for name in ("DataModuleFromConfig", "ImageLogger", "SetupCallback", "CUDACallback", "WrappedDataset"):
+        assert getattr(main, name).__name__ == name
+    assert main.instantiate_from_config is instantiate_from_config
