@@ -43,6 +43,8 @@ INERT = frozenset(
                     "unicode xrange",
         "collections": "OrderedDict defaultdict Counter deque",
         "datetime": "date datetime time timedelta timezone",
+        "fsspec.implementations.local": "LocalFileSystem",
+        "fsspec.spec": "make_instance",
         "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64",
         "numpy.core.multiarray": "_reconstruct scalar",
         "numpy.core.numeric": "_frombuffer",
