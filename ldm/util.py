@@ -135,8 +135,8 @@ def parallel_data_prefetch(
 ):
     """Map `func` over n_proc chunks of `data` in parallel and put the results together in order.
 
-    data: an array, split along its first axis, or any iterable; `func(chunk)` or `func(chunk, worker)` gives an array or
-    a list. The workers are processes if `cpu_intensive`, else threads.
+    data: an array, split along its first axis, or any iterable; `func(chunk)` or `func(chunk, worker)` gives an array
+    or a list. The workers are processes if `cpu_intensive`, else threads.
     """
     import numpy as np
 
