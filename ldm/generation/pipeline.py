@@ -50,7 +50,8 @@ class Pipeline:
         image, mask = inputs.tensors(device)
         what = f"{len(batch)} pictures of {inputs.width}x{inputs.height} at once"
         with as_out_of_memory(what), autocast(self.precision, device):
-            told = stages.condition(self.model, batch, image, mask)
+            steps = len(self.path(batch[0]).levels) - 1
+            told = stages.condition(self.model, batch, image, mask, steps)
             latent = self._sample(batch, told, image, mask, inputs.size, draw, on_step)
             pixels = stages.decode(self.model, latent)
         cut = told.cut or [""] * len(batch)
@@ -92,8 +93,10 @@ class Pipeline:
             options |= {"order": request.solver_order, "method": request.solver_method}
         sampler = sampling.SAMPLERS[request.sampler]
         moves = sampler(denoise, x, levels, self.schedule, **options)
-        for x, level in zip(moves, levels[1:], strict=True):
+        for step, (x, level) in enumerate(zip(moves, levels[1:], strict=True), 1):
             if blending and level is not levels[-1]:
                 x.copy_(stages.blend(clean, x, keep, level, draw(x)))
             on_step(x)
+            if now := told.later.get(step):
+                denoise.predict = sampling.guide(model.apply_model, now.positive, now.negative, request.scale)
         return x

@@ -1,8 +1,10 @@
 """The stages of a picture: its condition, the latent that it starts from, its decoding."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn import functional
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation.request import Request
+from ldm.generation.words import Words, script
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 
 logger = logging.getLogger(__name__)
@@ -18,18 +21,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser is told, with and without guidance; `cut` holds the words of each prompt that did not fit."""
+    """What the denoiser is told, with and without guidance, and what it is told instead from a `later` step on.
+
+    cut: the words of each prompt that did not fit.
+    """
 
     positive: Tensor | dict | None
     negative: Tensor | dict | None
     cut: tuple[str, ...] = ()
+    later: Mapping[int, "Condition"] = field(default_factory=dict)
 
 
-def condition(model: LatentDiffusion, batch: Sequence[Request], image: Tensor | None, mask: Tensor | None) -> Condition:
+def condition(
+    model: LatentDiffusion, batch: Sequence[Request], image: Tensor | None, mask: Tensor | None, steps: int
+) -> Condition:
     """Encode the prompts, classes or pictures that this model takes.
 
-    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted. Raises RequestError where the
-    requests do not have what the model needs.
+    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; steps: how many are walked.
+    Raises RequestError where the requests do not have what the model needs.
     """
     key = model.model.conditioning_key
     if key == "concat":
@@ -38,34 +47,37 @@ def condition(model: LatentDiffusion, batch: Sequence[Request], image: Tensor | 
         return Condition(None, None)
     if hasattr(model.cond_stage_model, "n_classes"):
         return class_condition(model, batch)
-    words = text_condition(model, batch)
+    words = text_condition(model, batch, steps)
     if key != "hybrid":
         return words
     if not isinstance(model, LatentInpaintDiffusion) or mask is None:
         raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask")
     concat = masked_latents(model, image, mask, len(batch))
 
-    def with_picture(cross: Tensor | None) -> dict | None:
-        return None if cross is None else {"c_concat": [concat], "c_crossattn": [cross]}
+    def with_picture(told: Condition) -> Condition:
+        cross = (told.positive, told.negative)
+        both = (None if one is None else {"c_concat": [concat], "c_crossattn": [one]} for one in cross)
+        return Condition(*both, told.cut, {step: with_picture(other) for step, other in told.later.items()})
 
-    return Condition(with_picture(words.positive), with_picture(words.negative), words.cut)
+    return with_picture(words)
 
 
-def text_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Condition:
+def text_condition(model: LatentDiffusion, batch: Sequence[Request], steps: int) -> Condition:
     """Encode prompts, and their negatives where the scale asks for guidance: (b, tokens, channels) each."""
-    prompts = [request.prompt for request in batch]
-    negatives = [request.negative_prompt for request in batch]
-    guided = batch[0].scale != 1.0
-    encoder = model.cond_stage_model
-    if batch[0].long_prompt == "chunk":
-        if not hasattr(encoder, "encode_long"):
-            raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
-        count = max(len(encoder.chunks(text)) for text in prompts + (negatives if guided else []))
-        negative = encoder.encode_long(negatives, count) if guided else None
-        return Condition(encoder.encode_long(prompts, count), negative)
-    cut = tuple(encoder.dropped(prompt) for prompt in prompts) if hasattr(encoder, "dropped") else ()
-    positive = model.get_learned_conditioning(prompts)
-    return Condition(positive, model.get_learned_conditioning(negatives) if guided else None, cut)
+    request, encoder = batch[0], model.cond_stage_model
+    if request.long_prompt == "chunk" and not hasattr(encoder, "encode_long"):
+        raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
+    texts = script(batch, steps)
+    words = Words(model, chain.from_iterable(texts.values()), request)
+    count = len(batch)
+
+    @cache
+    def told(now: tuple[str, ...]) -> Condition:
+        return Condition(words(now[:count]), words(now[count:]) if now[count:] else None)
+
+    first, *later = (told(now) for now in texts.values())
+    cut = tuple(max(map(words.cut, row), key=len) for row in islice(zip(*texts.values()), count))
+    return replace(first, cut=cut, later=dict(zip(list(texts)[1:], later)))
 
 
 def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Condition:

@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any
 
-from torch import Tensor
-
 from ldm.errors import RequestError
 from ldm.generation.request import Request
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -49,8 +47,8 @@ class Words:
             raise RequestError(f"{type(self.encoder).__name__} cannot weigh words: leave --prompt_weights out")
         return self.encoder.weigh(states, prompt, self.count)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor | Any:
-        """The states of a batch of texts: (b, tokens, channels)."""
+    def __call__(self, texts: Sequence[str]) -> Any:
+        """The states of a batch of texts: (b, tokens, channels), or several such as the encoder gives them."""
         return reduce(stack, (self.states[text] for text in texts))
 
     def cut(self, text: str) -> str:
