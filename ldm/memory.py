@@ -25,10 +25,10 @@ def pick_device(name: str = "auto") -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             have = f"only {count}" if count else "none"
-            raise DeviceError(f"{name} was asked for, but torch {torch.__version__} finds {have}; try --device auto")
+            raise DeviceError(f"{name} was asked for, but torch {torch.__version__} finds {have}; try --device cpu")
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise DeviceError("mps was asked for, but this is no Mac with Metal; try --device auto")
+            raise DeviceError("mps was asked for, but this is no Mac with Metal; try --device cpu")
     elif device.type != "cpu":
         raise DeviceError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     return device
@@ -53,18 +53,18 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to its device, its convolutions in channels_last, the layout that they compute in fastest."""
-    with as_out_of_memory(f"the model does not fit on {device}"):
+    with as_out_of_memory(f"{device} has no room for the model: try --precision bf16"):
         return model.to(device).to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
-def as_out_of_memory(what: str):
-    """Turn each backend's way of saying that memory is short into OutOfMemory."""
+def as_out_of_memory(message: str):
+    """Turn each backend's way of saying that memory is short into OutOfMemory, with a message of what would help."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"{what}: out of memory") from error
+        raise OutOfMemory(message) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error):
-            raise OutOfMemory(f"{what}: out of memory") from error
+            raise OutOfMemory(message) from error
         raise

@@ -4,21 +4,23 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.errors import LdmError, OutOfMemory
 from ldm.generation.finish import Finished, Finisher
 from ldm.generation.noise import NoiseSource
 from ldm.generation.options import RunOptions
-from ldm.generation.pipeline import Pipeline
+from ldm.generation.pipeline import Picture, Pipeline
 from ldm.generation.record import OF_A_PICTURE, Recorder, Replay
 from ldm.generation.request import Request
 from ldm.image.grid import GridWriter
-from ldm.image.io import Outdir, write_png
+from ldm.image.io import Outdir, check_outdir, write_png
 
 logger = logging.getLogger(__name__)
 
@@ -67,43 +69,59 @@ class Run:
     `saved` is called with the path of each file as soon as it is there.
     """
 
-    def __init__(self, pipeline: Pipeline, options: RunOptions, recorder: Recorder, saved: Callable[[Path], None]):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        options: RunOptions,
+        finish: Finisher,
+        recorder: Recorder,
+        saved: Callable[[Path], None],
+    ):
         self.pipeline = pipeline
         self.options = options
+        self.finish = finish
         self.recorder = recorder
         self.saved = saved
-        self.outdir = Outdir(options.outdir)
-        self.finish = Finisher(options)
         self.noise = NoiseSource(pipeline.model.device)
 
     def draw(self, requests: Sequence[Request]) -> Summary:
         """Draw every request into samples/, and the pictures of the run into a grid."""
-        grids = GridWriter(self._save_grid, self.options.n_rows or self.options.batch_size)
+        outdir = Outdir(self.options.outdir)
+
+        def save_grid(canvas: Image.Image) -> Path:
+            path = outdir.grids.save(self.finish.mark(canvas)[0])
+            self.saved(path)
+            return path
 
         def keep(made: Finished, info: PngInfo) -> None:
             if not self.options.skip_save:
-                self.saved(self.outdir.samples.save(made.image, info))
+                self.saved(outdir.samples.save(made.image, info))
             if not self.options.skip_grid:
                 grids.add(made.unmarked)
 
+        grids = GridWriter(save_grid, self.options.n_rows or self.options.batch_size)
         summary = self._draw(batches(requests, self.options.batch_size, self.options.n_iter), keep)
         grids.close()
         return summary
 
     def draw_files(self, names: Mapping[Request, str]) -> Summary:
         """Draw each request into the output folder, under the name that it is given."""
+        folder = check_outdir(self.options.outdir)
 
         def keep(made: Finished, info: PngInfo) -> None:
-            self.saved(write_png(self.outdir.path / names[made.request], made.image, info))
+            path = folder / names[made.request]
+            if not path.exists():  # else another run has made it in the meantime
+                self.saved(write_png(path, made.image, info))
 
         return self._draw(([request] for request in names), keep)
 
     def redraw(self, replay: Replay) -> Summary:
         """Draw the batch of a recorded picture again, from the same noise, and write that picture into samples/."""
+        outdir = Outdir(self.options.outdir)
         if replay.noise:
             self.noise.of(replay.requests).repeat(replay.noise)
         return self._draw(
-            [replay.requests], lambda made, info: self.saved(self.outdir.samples.save(made.image, info)), replay.index
+            [replay.requests], lambda made, info: self.saved(outdir.samples.save(made.image, info)), replay.index
         )
 
     def _draw(
@@ -111,34 +129,37 @@ class Run:
     ) -> Summary:
         """Draw batch after batch and `keep` their pictures, or the one at index `only`.
 
-        A batch that fails is logged and counted; OutOfMemory ends the run, since it would come again.
+        What cannot be drawn is told before the first step. A batch or a picture that fails is logged and counted;
+        OutOfMemory and OutputError, which would come again, end the run.
         """
         plan, summary = list(plan), Summary()
+        for request in dict.fromkeys(chain.from_iterable(plan)):
+            self.pipeline.check(request)
         steps = sum(len(self.pipeline.path(batch[0]).levels) - 1 for batch in plan)
-        with tqdm(total=steps, unit="step", disable=None) as bar:
+        wordy = logger.isEnabledFor(logging.INFO)
+        # With None there is no bar where stderr is no terminal.
+        with tqdm(total=steps, unit="step", disable=None if wordy else True) as bar, logging_redirect_tqdm():
             for batch in plan:
                 wanted = range(len(batch)) if only is None else [only]
                 noise = self.noise.of(batch)
                 before = deepcopy(noise.history)
-                kept = 0
                 try:
                     pictures = self.pipeline.generate(batch, noise, lambda x: bar.update())
-                    for index in wanted:
-                        made = self.finish(pictures[index])
-                        keep(made, self.recorder.png_info(made, batch, index, before))
-                        kept += 1
                 except OutOfMemory:
                     raise
                 except LdmError as error:
                     logger.error("%s: %s", describe(batch[0]), error)
-                summary.made += kept
-                summary.failed += len(wanted) - kept
+                    summary.failed += len(wanted)
+                    continue
+                for index in wanted:
+                    if isinstance(pictures[index], Picture):
+                        made = self.finish(pictures[index])
+                        keep(made, self.recorder.png_info(made, batch, index, before))
+                        summary.made += 1
+                    else:
+                        logger.error("%s: %s", describe(batch[index]), pictures[index])
+                        summary.failed += 1
         return summary
-
-    def _save_grid(self, canvas: Image.Image) -> Path:
-        path = self.outdir.grids.save(self.finish.mark(canvas)[0])
-        self.saved(path)
-        return path
 
 
 def describe(request: Request) -> str:

@@ -31,6 +31,21 @@ def execute(main: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
+def show(path: Path) -> None:
+    """Print the path of a file that is there. A reader that has gone away (`| head -1`) stops no picture."""
+    from tqdm import tqdm
+
+    if sys.stdout is None:  # closed by the shell, with >&-
+        return
+    try:
+        with tqdm.external_write_mode():  # above the progress bar
+            sys.stdout.write(f"{path}\n")
+            sys.stdout.flush()
+    except OSError as error:
+        logger.warning("cannot print the paths any more (%s); the pictures are written all the same", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def set_up(args: Namespace) -> None:
     """Settle what holds for the whole process: how much is logged, and whether a library may reach for the network."""
     logging.getLogger().setLevel(logging.ERROR if args.verbosity < 0 else logging.WARNING)
@@ -53,7 +68,7 @@ def draw(args: Namespace, requests: Sequence[Request]) -> int:
 
     chosen = choose(model)
     chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
-    return open_run(requests, model, run, print, chosen).draw(requests).exit_code
+    return open_run(requests, model, run, show, chosen).draw(requests).exit_code
 
 
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
@@ -68,11 +83,13 @@ def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
 
     from ldm.generation.loading import choose, open_run
 
-    return open_run(list(missing), model, run, print, choose(model)).draw_files(missing).exit_code
+    return open_run(list(missing), model, run, show, choose(model)).draw_files(missing).exit_code
 
 
 def mask_pairs(folder: str) -> list[tuple[Path, Path]]:
     """Each NAME.png of a folder that has a NAME_mask.png, with its mask. Raises RequestError where there is no pair."""
+    if not Path(folder).is_dir():
+        raise RequestError(f"there is no folder {folder}")
     pairs = [(mask.with_name(mask.name.replace("_mask.png", ".png")), mask) for mask in Path(folder).glob("*_mask.png")]
     if not pairs:
         raise RequestError(f"{folder} has no pair NAME.png, NAME_mask.png in it")
@@ -90,7 +107,7 @@ def replay(args: Namespace) -> int:
     how = recorded.how
     model = replace(pick(ModelOptions, args), precision=how["precision"], device=how["device"], use_ema=how["use_ema"])
     run = RunOptions(outdir=args.outdir, skip_grid=True, watermark=how["watermark"], safety=how["safety"])
-    ready = open_run(recorded.requests, model, run, print, choose(model))
+    ready = open_run(recorded.requests, model, run, show, choose(model))
     if ready.recorder.sha256 != recorded.sha256:
         logger.warning("the picture was made with another checkpoint (sha256 %s): it will differ", recorded.sha256)
     return ready.redraw(recorded).exit_code

@@ -11,6 +11,7 @@ from ldm.checkpoint import open_checkpoint
 from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError
 from ldm.generation.batch import Run
+from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
 from ldm.generation.inputs import read_inputs
 from ldm.generation.options import ModelOptions, RunOptions, find
@@ -18,7 +19,7 @@ from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
 from ldm.generation.request import Request
 from ldm.image.io import check_outdir
-from ldm.memory import DTYPES, pick_device, pick_precision, place
+from ldm.memory import DTYPES, as_out_of_memory, pick_device, pick_precision, place
 from ldm.models.load import load_model
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,12 @@ def open_run(
     for request in dict.fromkeys(requests):
         read_inputs(request, chosen.geometry)
     check_outdir(options.outdir)
+    finish = Finisher(options)
     precision = pick_precision(model.precision, device)
-    loaded = load_model(
-        chosen.config, chosen.checkpoint, device=device, dtype=DTYPES[precision], use_ema=model.use_ema
-    )
+    with as_out_of_memory(f"{device} has no room for {chosen.checkpoint}: try --precision bf16"):
+        loaded = load_model(
+            chosen.config, chosen.checkpoint, device=device, dtype=DTYPES[precision], use_ema=model.use_ema
+        )
     how = {
         "device": device.type,
         "precision": precision,
@@ -85,4 +88,4 @@ def open_run(
         "safety": options.safety,
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
-    return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, recorder, saved)
+    return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, finish, recorder, saved)

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldm import sampling
+from ldm.errors import NumericalError
 from ldm.generation import stages
 from ldm.generation.geometry import Geometry
-from ldm.generation.inputs import read_inputs
+from ldm.generation.inputs import Inputs, read_inputs
 from ldm.generation.noise import Noise
 from ldm.generation.request import Request
 from ldm.image.io import to_image
@@ -37,26 +38,38 @@ class Pipeline:
         self.precision = precision
         self.schedule = sampling.Schedule(model.alphas_cumprod)
 
+    def check(self, request: Request) -> None:
+        """Raise RequestError for what this model cannot draw, before anything is drawn."""
+        stages.check(self.model, request)
+        self.path(request)
+
     @torch.inference_mode()
     def generate(
         self, batch: Sequence[Request], draw: Noise, on_step: Callable[[Tensor], None] = lambda x: None
-    ) -> list[Picture]:
+    ) -> list[Picture | NumericalError]:
         """Sample and decode a batch; `on_step` is called with the latents (b, c, h, w) after each step.
 
-        Raises RequestError, NumericalError, OutOfMemory.
+        A picture that came to nothing but NaN or infinity is an error in its place. Raises RequestError, OutOfMemory.
         """
         device = self.model.device
         inputs = read_inputs(batch[0], self.geometry)
         image, mask = inputs.tensors(device)
-        what = f"{len(batch)} pictures of {inputs.width}x{inputs.height} at once"
-        with as_out_of_memory(what), autocast(self.precision, device):
+        too_much = (f"not enough memory on {device} for a batch of {len(batch)} at {inputs.width}x{inputs.height}: "
+                    "make either smaller, or try --precision bf16")
+        with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
             told = stages.condition(self.model, batch, image, mask, steps)
-            latent = self._sample(batch, told, image, mask, inputs.size, draw, on_step)
-            pixels = stages.decode(self.model, latent)
-        cut = told.cut or [""] * len(batch)
-        drawn = [inputs.keep_unmasked(to_image(one.permute(1, 2, 0).numpy())) for one in pixels]
-        return [Picture(*parts) for parts in zip(drawn, batch, cut, strict=True)]
+            latents = self._sample(batch, told, image, mask, inputs.size, draw, on_step)
+            cuts = told.cut or [""] * len(batch)
+            # One by one, for the memory of a single picture.
+            return [self._picture(*one, inputs) for one in zip(latents.split(1), batch, cuts, strict=True)]
+
+    def _picture(self, latent: Tensor, request: Request, cut: str, inputs: Inputs) -> Picture | NumericalError:
+        try:
+            drawn = to_image(stages.decode(self.model, latent).numpy())
+        except NumericalError as error:
+            return error
+        return Picture(inputs.keep_unmasked(drawn), request, cut)
 
     def path(self, request: Request) -> sampling.Tail:
         """The level that a request starts from, and those that it walks down: one fewer moves than levels."""

@@ -1,7 +1,7 @@
 """The stages of a picture: its condition, the latent that it starts from, its decoding."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
@@ -32,14 +32,38 @@ class Condition:
     later: Mapping[int, "Condition"] = field(default_factory=dict)
 
 
+def check(model: LatentDiffusion, request: Request) -> None:
+    """Raise RequestError for a request that lacks what this model needs, or has what it cannot take."""
+    encoder, key = model.cond_stage_model, model.model.conditioning_key
+    classes = getattr(encoder, "n_classes", 0)
+    if key in ("concat", "hybrid") and request.mask is None:
+        raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask")
+    if key == "hybrid" and not isinstance(model, LatentInpaintDiffusion):
+        raise RequestError(f"it is not known here what {type(model).__name__} takes beside a prompt")
+    if classes and request.class_label is None:
+        raise RequestError(f"this model draws classes 0 to {classes - 1}: use scripts/sample_diffusion.py --classes N")
+    if classes and not 0 <= request.class_label < classes:
+        raise RequestError(f"this model draws classes 0 to {classes - 1}, got {request.class_label}")
+    if not classes and request.class_label is not None:
+        raise RequestError("this model has no classes: leave --classes out")
+    if encoder is None or classes or key == "concat":
+        if request.prompt:
+            hint = "leave --prompt out" if key == "concat" else "use scripts/sample_diffusion.py"
+            raise RequestError(f"this model takes no prompt: {hint}")
+    elif request.long_prompt == "chunk" and not hasattr(encoder, "encode_long"):
+        raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
+
+
 def condition(
     model: LatentDiffusion, batch: Sequence[Request], image: Tensor | None, mask: Tensor | None, steps: int
 ) -> Condition:
     """Encode the prompts, classes or pictures that this model takes.
 
     image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; steps: how many are walked.
-    Raises RequestError where the requests do not have what the model needs.
+    Raises RequestError as `check` does.
     """
+    for request in batch:
+        check(model, request)
     key = model.model.conditioning_key
     if key == "concat":
         return Condition(concat_condition(model, image, mask, len(batch)), None)
@@ -50,8 +74,6 @@ def condition(
     words = text_condition(model, batch, steps)
     if key != "hybrid":
         return words
-    if not isinstance(model, LatentInpaintDiffusion) or mask is None:
-        raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask")
     concat = masked_latents(model, image, mask, len(batch))
 
     def with_picture(told: Condition) -> Condition:
@@ -64,11 +86,8 @@ def condition(
 
 def text_condition(model: LatentDiffusion, batch: Sequence[Request], steps: int) -> Condition:
     """Encode prompts, and their negatives where the scale asks for guidance: (b, tokens, channels) each."""
-    request, encoder = batch[0], model.cond_stage_model
-    if request.long_prompt == "chunk" and not hasattr(encoder, "encode_long"):
-        raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
     texts = script(batch, steps)
-    words = Words(model, chain.from_iterable(texts.values()), request)
+    words = Words(model, chain.from_iterable(texts.values()), batch[0])
     count = len(batch)
 
     @cache
@@ -84,8 +103,6 @@ def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Conditi
     """Embed class labels; guidance steers away from the last class, which such models keep for "no class"."""
     encoder = model.cond_stage_model
     labels = [request.class_label for request in batch]
-    if any(label is None or not 0 <= label < encoder.n_classes for label in labels):
-        raise RequestError(f"this model draws classes 0 to {encoder.n_classes - 1}: name some with --classes")
 
     def embed(classes: Sequence[int]) -> Tensor:
         return model.get_learned_conditioning({model.cond_stage_key: torch.tensor(classes, device=model.device)})
@@ -105,10 +122,8 @@ def masked_latents(model: LatentInpaintDiffusion, image: Tensor, mask: Tensor, c
     return torch.cat([parts[key] for key in model.concat_keys], dim=1).expand(count, -1, -1, -1)
 
 
-def concat_condition(model: LatentDiffusion, image: Tensor | None, mask: Tensor | None, count: int) -> Tensor:
+def concat_condition(model: LatentDiffusion, image: Tensor, mask: Tensor, count: int) -> Tensor:
     """As above for the latent-diffusion inpainting model: the latent first, the mask in {-1, 1}, and a black hole."""
-    if image is None or mask is None:
-        raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py --indir FOLDER")
     hole = (1 - mask) * (image + 1) - 1
     latent = model.cond_stage_model.encode(hole)
     small = functional.interpolate(mask * 2 - 1, size=latent.shape[-2:])
@@ -120,8 +135,12 @@ def first_latent(model: LatentDiffusion, image: Tensor) -> Tensor:
 
     image: (b, 3, h, w) in [-1, 1] -> (b, c, h/f, w/f).
     """
-    posterior = model.encode_first_stage(image)
-    return model.get_first_stage_encoding(posterior.mode() if hasattr(posterior, "mode") else posterior)
+
+    def encode() -> Tensor:
+        posterior = model.encode_first_stage(image)
+        return model.get_first_stage_encoding(posterior.mode() if hasattr(posterior, "mode") else posterior)
+
+    return run_first_stage(model, encode)
 
 
 def blend(clean: Tensor, x: Tensor, mask: Tensor, level: sampling.Level, noise: Tensor) -> Tensor:
@@ -130,28 +149,29 @@ def blend(clean: Tensor, x: Tensor, mask: Tensor, level: sampling.Level, noise: 
 
 
 def decode(model: LatentDiffusion, latent: Tensor) -> Tensor:
-    """Decode latents (b, c, h, w) to pixels (b, 3, h*f, w*f) on the CPU, one by one for the memory of a single picture.
-
-    Where half precision overflows, a picture is decoded again in float32. Raises NumericalError where that fails too.
-    """
+    """Decode one latent (1, c, h, w) to pixels (h*f, w*f, 3) on the CPU. Raises NumericalError where it cannot be."""
     if not torch.isfinite(latent).all():
-        raise NumericalError("the latents are not finite (NaN or infinity): try --precision full, or a lower --scale")
-    return torch.cat([decode_one(model, one) for one in latent.split(1)])
-
-
-def decode_one(model: LatentDiffusion, latent: Tensor) -> Tensor:
-    image = model.decode_first_stage(latent).float()
-    if torch.isfinite(image).all():
-        return image.cpu()
-    stage = model.first_stage_model
-    dtype = next(stage.parameters()).dtype
-    if dtype != torch.float32:
-        logger.warning("the autoencoder overflowed in %s: decoding again in float32", str(dtype).removeprefix("torch."))
-        stage.float()
-        try:
-            image = model.decode_first_stage(latent).float()
-        finally:
-            stage.to(dtype)
+        raise NumericalError("the latents are not finite (NaN or infinity): try --precision full or a lower --scale; "
+                             "if that does not help, the checkpoint is damaged")
+    image = run_first_stage(model, lambda: model.decode_first_stage(latent))
     if not torch.isfinite(image).all():
         raise NumericalError("the decoded picture is not finite: the checkpoint's autoencoder may be damaged")
-    return image.cpu()
+    return image[0].permute(1, 2, 0).cpu()
+
+
+def run_first_stage(model: LatentDiffusion, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` makes with the autoencoder, in float32; where half precision overflows, made again in float32."""
+    out = run().float()
+    if torch.isfinite(out).all():
+        return out
+    stage, device = model.first_stage_model, out.device.type
+    dtype = next(stage.parameters()).dtype
+    if dtype == torch.float32 and not torch.is_autocast_enabled(device):
+        return out
+    logger.warning("the autoencoder overflowed in half precision: running it again in float32")
+    stage.float()
+    try:
+        with torch.autocast(device, enabled=False):
+            return run().float()
+    finally:
+        stage.to(dtype)
