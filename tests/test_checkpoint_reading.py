@@ -204,7 +204,7 @@ def test_a_missing_file_is_told_where_to_put_one(tmp_path):
 def test_a_folder_is_told_from_a_file_and_the_diffusers_form_by_name(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    assert "diffusers form" in refusal(tmp_path)
+    assert "has no unet, vae, text_encoder" in refusal(tmp_path)
 
 
 def test_an_empty_file_is_to_be_downloaded_again(tmp_path):
