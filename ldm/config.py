@@ -11,8 +11,15 @@ from ldm.errors import ConfigError
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """Read one YAML file. Raises ConfigError where it is missing, unreadable or not a mapping."""
+    """Read one YAML file, or what the configs in a model's folder in the layout of diffusers amount to.
+
+    Raises ConfigError where it is missing, unreadable or not a mapping.
+    """
     path = Path(path)
+    if path.is_dir():
+        from ldm.checkpoint.folder_config import to_yaml  # only now, because it loads torch
+
+        return OmegaConf.create(to_yaml(path))
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
-"""Weights on disk: `.ckpt` and `.safetensors` files as memory-mapped tensors, and what kind of model they are.
+"""Weights on disk: files and folders of them as memory-mapped tensors, and what kind of model they are.
 
 A `.ckpt` is read as data and never unpickled by Python (`ldm.checkpoint.unpickle`); the formats are in
-`ldm.checkpoint.archive`, foreign names in `ldm.checkpoint.names`, the kinds of model in `ldm.checkpoint.families`.
+`ldm.checkpoint.archive`, foreign names in `ldm.checkpoint.names`, the kinds of model in `ldm.checkpoint.families`,
+the folders of the diffusers library in `ldm.checkpoint.diffusers`.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoint.archive import MappedFile, read_archive
+from ldm.checkpoint.diffusers import INDEX, MappedFolder, read_folder
 from ldm.checkpoint.families import FAMILIES, UNKNOWN, Family, identify
 from ldm.checkpoint.names import has_ema, rename, select_ema
 from ldm.checkpoint.unpickle import StandIn
@@ -25,10 +27,15 @@ __all__ = ["FAMILIES", "UNKNOWN", "Checkpoint", "Family", "checkpoint_hash", "id
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open weights file. `tensors`: its weights under the names of our modules, as views of the mapped file."""
+    """An open weights file or folder.
 
-    file: MappedFile
+    tensors: its weights under the names of our modules, as views of the mapped files. outline: the same on the meta
+    device, for their shapes and types alone.
+    """
+
+    file: MappedFile | MappedFolder
     tensors: Mapping[str, Tensor]
+    outline: Mapping[str, Tensor]
 
     @property
     def path(self) -> Path:
@@ -40,7 +47,7 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        return identify({key: tuple(weight.shape) for key, weight in self.tensors.items()})
+        return identify({key: tuple(weight.shape) for key, weight in self.outline.items()})
 
     @property
     def sha256(self) -> str:
@@ -54,9 +61,13 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a weights file without reading its numbers: they are fetched where and when they are used.
 
-    Takes PyTorch files, zip or older, and safetensors; weights wrapped in `state_dict` or bare. Raises CheckpointError
-    with what the file is if not that, and UnsafeCheckpoint, with nothing executed, if it asks to run code.
+    Takes PyTorch files, zip or older, and safetensors; weights wrapped in `state_dict` or bare; and folders in the
+    layout of the diffusers library. Raises CheckpointError with what the file is if not that, and UnsafeCheckpoint,
+    with nothing executed, if it asks to run code.
     """
+    if (Path(path) / INDEX).is_file():
+        joined = read_folder(Path(path))
+        return Checkpoint(joined.folder, joined, joined.outline())
     file = _map(path)
     tree = read_archive(file)
     for _ in range(2):  # some files are wrapped twice; a hostile one may hold itself
@@ -67,7 +78,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(
             f"{file.path} holds no weights by name, but {_what(tree)}: give a file that has a state dict")
-    return Checkpoint(file, rename(tensors))
+    tensors = rename(tensors)
+    return Checkpoint(file, tensors, {key: weight.to("meta") for key, weight in tensors.items()})
 
 
 def read_checkpoint(path: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
@@ -89,8 +101,15 @@ def read_object(path: str | Path) -> Any:
 
 
 def checkpoint_hash(path: str | Path) -> str:
-    """The SHA-256 of a file in hexadecimal, computed once a process; the community quotes its first 10 digits."""
+    """The SHA-256 of a file in hexadecimal, computed once a process; the community quotes its first 10 digits.
+
+    Of a folder, that of the lines "hash  path" that sha256sum prints for the files that are read of it, in order.
+    """
     path = Path(path)
+    if path.is_dir():
+        names = sorted(file.path.relative_to(path).as_posix() for file in read_folder(path).folder.files)
+        lines = "".join(f"{checkpoint_hash(path / name)}  {name}\n" for name in names)
+        return hashlib.sha256(lines.encode()).hexdigest()
     status = path.stat()
     return _sha256(path, status.st_size, status.st_mtime_ns)
 
@@ -105,11 +124,8 @@ def _map(path: str | Path) -> MappedFile:
     """Map a weights file, or say why there is none at this path."""
     path = Path(path)
     if path.is_dir():
-        if (path / "model_index.json").exists():
-            raise CheckpointError(
-                f"{path} is a folder in the diffusers form, which cannot be read yet: "
-                "give the model as one .ckpt or .safetensors file")
-        raise CheckpointError(f"{path} is a folder, not a weights file: give the .ckpt or .safetensors file in it")
+        raise CheckpointError(f"{path} is a folder without {INDEX}: give the .ckpt or .safetensors file in it, "
+                              "or the top folder of a model in the layout of diffusers")
     if not path.exists():
         raise CheckpointError(
             f"no checkpoint at {path}: put the weights there (for Stable Diffusion 1, "

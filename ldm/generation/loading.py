@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.checkpoint import open_checkpoint
+from ldm.checkpoint.folder_config import is_folder
 from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError
 from ldm.generation.batch import Run
@@ -52,10 +53,12 @@ def choose(options: ModelOptions) -> Chosen:
 
 
 def shipped_config(checkpoint: Path) -> str:
-    """The config that belongs to what the checkpoint says it is; the one beside it comes first."""
-    beside = checkpoint.parent / "config.yaml"
+    """The config that belongs to what the checkpoint says it is; the one beside it, or in its folder, comes first."""
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.yaml"
     if beside.exists():
         return str(beside)
+    if is_folder(checkpoint):
+        return str(checkpoint)
     family = open_checkpoint(checkpoint).family
     if not family.config:
         raise CheckpointError(f"{checkpoint} ({family.name}) does not tell its config: name its YAML with --config")

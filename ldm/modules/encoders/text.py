@@ -13,7 +13,7 @@ from ldm.modules.encoders.clip import ClipConfig, ClipTextTransformer, tower_con
 from ldm.modules.encoders.files import pick, read_json, read_weights
 from ldm.modules.encoders.general import AbstractEncoder
 from ldm.modules.encoders.openclip import Clip, published_clip
-from ldm.modules.encoders.tokenizer import CLIP_VOCABULARY, TextTokenizer, clip_tokenizer
+from ldm.modules.encoders.tokenizer import CLIP_VOCABULARY, TextTokenizer, clip_tokenizer, tokenizer_folder
 from ldm.prompt import Weighted, plain_text, split
 
 logger = logging.getLogger(__name__)
@@ -189,8 +189,8 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
         raise ConfigError(f"no CLIP text encoder {version!r}: it must be a folder with config.json, or one of {known}")
     described = read_json(folder / "config.json")
     config = tower_config(described.get("text_config") or described, folder / "config.json")
-    has_words = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
-    if not has_words and config.vocabulary != CLIP_VOCABULARY:
+    words = tokenizer_folder(folder)
+    if words is None and config.vocabulary != CLIP_VOCABULARY:
         raise ConfigError(f"{folder} has no tokenizer (vocab.json, merges.txt), and its vocabulary is not CLIP's own")
     transformer = ClipTextTransformer(config)
     if not transformer.text_model.final_layer_norm.weight.is_meta:
@@ -199,7 +199,7 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
             for key, weight in read_weights(folder).items()
         }
         transformer.load_state_dict(pick(found, transformer.state_dict(), folder))
-    return clip_tokenizer(folder if has_words else None), transformer
+    return clip_tokenizer(words), transformer
 
 
 class ZeroPaddedEncoder(TextEncoder):

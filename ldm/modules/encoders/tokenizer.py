@@ -4,6 +4,7 @@ Importing `transformers` for its CLIPTokenizer adds about a second to every star
 """
 
 import gzip
+import json
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -178,6 +179,25 @@ def clip_tokenizer(folder: Path | None = None, pad_token: str = END, max_length:
     ])
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     return TextTokenizer(backend, START, END, pad_token, END, (START, END), max_length)
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
+    """Write CLIP's tokenizer as a new folder in the transformers form."""
+    vocabulary, merges = clip_vocabulary()
+    marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **marks}
+    folder.mkdir(parents=True)
+    for name, content in (("vocab", vocabulary), ("special_tokens_map", marks), ("tokenizer_config", settings)):
+        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def tokenizer_folder(encoder: Path) -> Path | None:
+    """Where the vocabulary of a text encoder's folder is: in it, or in `tokenizer` beside it; None if in neither."""
+    names = ("vocab.json", "tokenizer.json")
+    places = (encoder, encoder.parent / "tokenizer")
+    return next((place for place in places if any((place / name).is_file() for name in names)), None)
 
 
 def bert_tokenizer(vocabulary: Path, max_length: int = 77) -> TextTokenizer:

@@ -1,0 +1,204 @@
+"""The configs of a folder in the diffusers layout, read as YAML of ours and written from it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoint.diffusers import INDEX, OPEN_CLIP_BLOCKS, found, read_json
+from ldm.errors import ConfigError
+
+# Our word for each, and theirs.
+BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+# By how many channels a UNet reads beside the latent: our class and its conditioning, their pipeline.
+KINDS = {
+    0: ("ldm.models.diffusion.ddpm.LatentDiffusion", "crossattn", "StableDiffusionPipeline"),
+    5: ("ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "hybrid", "StableDiffusionInpaintPipeline"),
+}
+UNET, VAE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
+CLIP, OPEN_CLIP = (f"ldm.modules.encoders.modules.{name}" for name in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"))
+TRANSFORMER_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+def is_folder(path: str | Path) -> bool:
+    return (Path(path) / INDEX).is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------ to YAML
+
+def to_yaml(folder: Path) -> dict[str, Any]:
+    """The config that the JSON files of a folder amount to. Raises ConfigError where there is no such model here."""
+    parts = {name: read_json(folder / name / "config.json") for name in ("unet", "vae", "text_encoder")}
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        return {"model": model_params(folder, schedule, **parts)}
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"the configs in {folder} describe no model that is known here "
+                          f"({type(error).__name__}: {error}): name its YAML with --config") from error
+
+
+def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping, text_encoder: Mapping) -> dict[str, Any]:
+    beside = unet["in_channels"] - vae["latent_channels"]
+    if beside not in KINDS or schedule.get("trained_betas") or schedule.get("rescale_betas_zero_snr"):
+        raise ConfigError(f"{folder} is of no kind that is known here (its UNet reads {unet['in_channels']} channels, "
+                          f"its scheduler is {schedule.get('_class_name')}): name its YAML with --config")
+    target, conditioning, _ = KINDS[beside]
+    params = {
+        "linear_start": schedule["beta_start"], "linear_end": schedule["beta_end"],
+        "beta_schedule": ours(BETAS, schedule["beta_schedule"]), "timesteps": schedule.get("num_train_timesteps", 1000),
+        "parameterization": ours(PREDICTIONS, schedule.get("prediction_type", "epsilon")),
+        "first_stage_key": "jpg", "cond_stage_key": "txt", "num_timesteps_cond": 1, "cond_stage_trainable": False,
+        "image_size": unet.get("sample_size") or 64, "channels": vae["latent_channels"],
+        "conditioning_key": conditioning, "scale_factor": vae.get("scaling_factor", 0.18215), "use_ema": False,
+        "unet_config": {"target": UNET, "params": unet_params(unet)},
+        "first_stage_config": {"target": VAE, "params": stage_params(vae)},
+        "cond_stage_config": text_stage(folder, text_encoder),
+    }  # fmt: skip
+    return {"target": target, "params": params}
+
+
+def unet_params(theirs: Mapping) -> dict[str, Any]:
+    widths = theirs["block_out_channels"]
+    return {
+        "image_size": theirs.get("sample_size") or 64, "in_channels": theirs["in_channels"],
+        "out_channels": theirs["out_channels"], "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths], "num_res_blocks": theirs["layers_per_block"],
+        "attention_resolutions": [2**level for level, kind in reversed([*enumerate(theirs["down_block_types"])])
+                                  if kind == TRANSFORMER_LEVELS[0][0]],
+        "use_spatial_transformer": True, "use_linear_in_transformer": bool(theirs.get("use_linear_projection")),
+        "transformer_depth": theirs.get("transformer_layers_per_block", 1),
+        "context_dim": theirs["cross_attention_dim"], "use_checkpoint": False, "legacy": False,
+        **heads(theirs.get("num_attention_heads") or theirs["attention_head_dim"], widths),
+    }  # fmt: skip
+
+
+def heads(theirs: int | list[int], widths: list[int]) -> dict[str, int]:
+    """Heads of the same number, or of the same width, at every level; what they call the width is the number."""
+    counts = [theirs] * len(widths) if isinstance(theirs, int) else theirs
+    if len(set(counts)) == 1:
+        return {"num_heads": counts[0]}
+    each = {width // count for width, count in zip(widths, counts, strict=True)}
+    if len(each) > 1:
+        raise ConfigError(f"attention heads are of one number or of one width, got {counts} of {widths} channels")
+    return {"num_head_channels": each.pop()}
+
+
+def stage_params(theirs: Mapping) -> dict[str, Any]:
+    widths = theirs["block_out_channels"]
+    return {
+        "embed_dim": theirs["latent_channels"], "monitor": "val/rec_loss",
+        "ddconfig": {
+            "double_z": True, "z_channels": theirs["latent_channels"], "resolution": theirs.get("sample_size", 256),
+            "in_channels": theirs["in_channels"], "out_ch": theirs["out_channels"], "ch": widths[0],
+            "ch_mult": [width // widths[0] for width in widths], "num_res_blocks": theirs["layers_per_block"],
+            "attn_resolutions": [], "dropout": 0.0,
+        },
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }  # fmt: skip
+
+
+def text_stage(folder: Path, theirs: Mapping) -> dict[str, Any]:
+    """The text encoder: one that is known by name, else as the folder describes it."""
+    if theirs["hidden_size"] in OPEN_CLIP_BLOCKS:
+        skipped = theirs["num_hidden_layers"] < OPEN_CLIP_BLOCKS[theirs["hidden_size"]]
+        return {"target": OPEN_CLIP, "params": {"freeze": True, "layer": "penultimate" if skipped else "last"}}
+    if (theirs["hidden_size"], theirs["num_hidden_layers"], theirs.get("hidden_act")) == (768, 12, "quick_gelu"):
+        return {"target": CLIP}
+    return {"target": CLIP, "params": {"version": str(folder / "text_encoder")}}
+
+
+def ours(words: Mapping[str, str], theirs: str) -> str:
+    """Our word for theirs. Raises KeyError for one that there is no word for."""
+    return {word: own for own, word in words.items()}[theirs]
+
+
+# ---------------------------------------------------------------------------------------------------------- from YAML
+
+def from_yaml(section: Mapping, text: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """{file in the folder: its JSON} for the model of a `model:` section, given as plain containers.
+
+    text: the text encoder's weights under their names, for their shapes alone. Raises ConfigError where their layout
+    has no such model.
+    """
+    try:
+        params = section["params"]
+        unet, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
+        beside = unet["in_channels"] - stage["ddconfig"]["z_channels"]
+        if beside not in KINDS or not unet.get("use_spatial_transformer") or stage["ddconfig"].get("attn_resolutions"):
+            raise ConfigError("only Stable Diffusion 1 and 2 and their inpainting models have a place in that layout")
+        return {
+            INDEX: index(KINDS[beside][2]),
+            "scheduler/scheduler_config.json": schedule_config(params),
+            "text_encoder/config.json": text_config(params["cond_stage_config"], text),
+            "unet/config.json": unet_config(unet, params.get("image_size", 64)),
+            "vae/config.json": stage_config(stage["ddconfig"], params.get("scale_factor", 1.0)),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the config does not describe a Stable Diffusion model: {error!r} is missing") from error
+
+
+def index(pipeline: str) -> dict[str, Any]:
+    return {
+        "_class_name": pipeline, "_diffusers_version": "0.35.0", "feature_extractor": [None, None],
+        "requires_safety_checker": False, "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    }  # fmt: skip
+
+
+def schedule_config(params: Mapping) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler", "beta_start": params.get("linear_start", 1e-4),
+        "beta_end": params.get("linear_end", 2e-2), "beta_schedule": BETAS[params.get("beta_schedule", "linear")],
+        "num_train_timesteps": params.get("timesteps", 1000), "clip_sample": False, "set_alpha_to_one": False,
+        "steps_offset": 1, "prediction_type": PREDICTIONS[params.get("parameterization", "eps")],
+    }  # fmt: skip
+
+
+def unet_config(params: Mapping, image_size: int) -> dict[str, Any]:
+    widths = [params["model_channels"] * factor for factor in params["channel_mult"]]
+    width = params.get("num_head_channels", -1)
+    plain = [int(2**level not in params["attention_resolutions"]) for level in range(len(widths))]
+    down, up = TRANSFORMER_LEVELS
+    return {
+        "_class_name": "UNet2DConditionModel", "sample_size": image_size, "in_channels": params["in_channels"],
+        "out_channels": params["out_channels"], "block_out_channels": widths,
+        "layers_per_block": params["num_res_blocks"], "cross_attention_dim": params["context_dim"],
+        "attention_head_dim": params["num_heads"] if width == -1 else [channels // width for channels in widths],
+        "down_block_types": [down[level] for level in plain], "up_block_types": [up[level] for level in plain[::-1]],
+        "use_linear_projection": bool(params.get("use_linear_in_transformer")),
+        "transformer_layers_per_block": params.get("transformer_depth", 1),
+    }  # fmt: skip
+
+
+def stage_config(ddconfig: Mapping, scale_factor: float) -> dict[str, Any]:
+    levels = len(ddconfig["ch_mult"])
+    return {
+        "_class_name": "AutoencoderKL", "sample_size": ddconfig["resolution"], "in_channels": ddconfig["in_channels"],
+        "out_channels": ddconfig["out_ch"], "latent_channels": ddconfig["z_channels"],
+        "block_out_channels": [ddconfig["ch"] * factor for factor in ddconfig["ch_mult"]],
+        "layers_per_block": ddconfig["num_res_blocks"], "scaling_factor": scale_factor,
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }  # fmt: skip
+
+
+def text_config(stage: Mapping, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The text encoder's JSON: the one of the folder that the YAML names, else from the shapes, by CLIP's habits."""
+    params = stage.get("params") or {}
+    version = str(params.get("version", ""))
+    if version and (Path(version) / "config.json").is_file():
+        given = read_json(Path(version) / "config.json")
+        return given.get("text_config") or given
+    words, width = weights["text_model.embeddings.token_embedding.weight"].shape
+    return {
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": words, "hidden_size": width,
+        "intermediate_size": len(weights["text_model.encoder.layers.0.mlp.fc1.bias"]),
+        "max_position_embeddings": len(weights["text_model.embeddings.position_embedding.weight"]),
+        "num_hidden_layers": len(found(weights, r"text_model\.encoder\.layers\.(\d+)\.")),
+        "num_attention_heads": width // 64, "projection_dim": width, "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu" if stage["target"] == OPEN_CLIP or "laion" in version else "quick_gelu",
+        "bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1,
+    }  # fmt: skip
