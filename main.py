@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("-r", "--resume", default="", metavar="LOG", help="go on from a log folder, or from a checkpoint in one")
     add("-p", "--project", default="", metavar="LOG", help="the same, as old command lines call it")
     add("-l", "--logdir", default="logs", help="where the folder of the run is made (default: %(default)s)")
-    add("-s", "--seed", type=int, default=23, help="what all chance derives from (default: %(default)s)")
+    add("-s", "--seed", type=int, help="what all chance derives from (default: 23, or that of the run to resume)")
     add("-d", "--debug", default=False, **switch, help="enter the debugger where it fails (default: %(default)s)")
     add("--scale_lr", default=True, **switch,
         help="multiply base_learning_rate by devices * batch size * accumulated batches (default: %(default)s)")

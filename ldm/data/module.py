@@ -38,21 +38,26 @@ class ResumableSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A loader that can begin in the middle: `seek` decides where its next iteration starts, and only that one."""
+    """A loader that can begin in the middle: `seek` decides where its next iteration starts, and only that one.
+
+    Nothing is read, and no place forgotten, before the first batch is asked for.
+    """
 
     skip = 0
 
     def seek(self, epoch: int, batches: int) -> None:
         """Begin the next iteration after so many batches of an epoch."""
-        if isinstance(self.dataset, IterableDataset):
-            self.skip = batches
-        else:
+        if not isinstance(self.dataset, IterableDataset):
             self.sampler.set_epoch(epoch)
-            self.sampler.skip = batches * self.batch_size
+        self.skip = batches
 
     def __iter__(self) -> Iterator:
         skip, self.skip = self.skip, 0
-        return islice(super().__iter__(), skip, None) if skip else super().__iter__()
+        if isinstance(self.dataset, IterableDataset):
+            yield from islice(super().__iter__(), skip, None)
+        else:
+            self.sampler.skip = skip * self.batch_size
+            yield from super().__iter__()
 
 
 def split_records(worker_id: int) -> None:

@@ -23,6 +23,8 @@ from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
+SEED = 23  # of a run that is given none
+
 
 @dataclass(frozen=True)
 class Place:
@@ -56,7 +58,7 @@ def find_place(options: argparse.Namespace, now: str) -> Place:
         logdir, checkpoint = found, found / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
         raise RequestError(f"{logdir} has no checkpoints/last.ckpt: name the checkpoint to go on from")
-    return Place(logdir, checkpoint, (*sorted((logdir / "configs").glob("*-project.yaml")), *map(Path, options.base)))
+    return Place(logdir, checkpoint, (*sorted((logdir / "configs").glob("*.yaml")), *map(Path, options.base)))
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -72,16 +74,17 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = merge_configs(place.configs, dotlist)
     OmegaConf.resolve(config)
     lightning = config.pop("lightning", OmegaConf.create())
-    pl.seed_everything(options.seed, workers=True, verbose=False)
+    lightning.seed = seed = lightning.get("seed", SEED) if options.seed is None else options.seed
+    pl.seed_everything(seed, workers=True, verbose=False)
 
     model = instantiate_from_config(model_section(config, place.configs[-1]))
     if not isinstance(model, pl.LightningModule):
         raise ConfigError(f"{config.model.target} is no LightningModule; import pytorch_lightning before ldm to train")
-    data = instantiate_from_config(with_seed(config.get("data"), options.seed))
+    data = instantiate_from_config(with_seed(config.get("data"), seed))
     settings = trainer_options({**lightning.get("trainer", {}), **flags})
     if not model.automatic_optimization:
         model.accumulate_grad_batches = settings.pop("accumulate_grad_batches", 1)
-    trainer = make_trainer(settings, lightning, place, options, now, model, data, config)
+    trainer = make_trainer(settings, lightning, place, now, model, data, config)
     model.learning_rate = learning_rate(config, trainer, model, options.scale_lr)
 
     if options.train:
@@ -105,7 +108,7 @@ def with_seed(section: DictConfig | None, seed: int) -> DictConfig:
 
 
 def make_trainer(
-    settings: dict[str, Any], lightning: DictConfig, place: Place, options: argparse.Namespace, now: str,
+    settings: dict[str, Any], lightning: DictConfig, place: Place, now: str,
     model: pl.LightningModule, data: pl.LightningDataModule, config: DictConfig,
 ) -> pl.Trainer:
     """The trainer with the loggers, checkpoints and callbacks that every run has, as far as the YAML changes none."""
@@ -120,7 +123,7 @@ def make_trainer(
     }
     asked = OmegaConf.merge(callbacks, lightning.get("callbacks", {}))
     last = {"minutes": 5.0, **lightning.get("last_checkpoint", {})}
-    made = [StepSeed(options.seed), *(instantiate_from_config(c) for c in asked.values() if c is not None)]
+    made = [StepSeed(lightning.seed), *(instantiate_from_config(c) for c in asked.values() if c is not None)]
     if settings.get("enable_checkpointing", True):
         made += [model_checkpoint(lightning, place, model), LastCheckpoint(place.checkpoints / "last.ckpt", **last)]
     loggers = [

@@ -32,7 +32,8 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
-        number = trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        number = done * trainer.world_size + trainer.global_rank
         torch.manual_seed(hash((self.seed, number)) % 2**63)
 
 

@@ -1,0 +1,49 @@
+"""The folder that the scripts run, from what training left: weights in half precision, config and tokenizer."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint.names import COMPUTED, TRAINING_ONLY
+from ldm.config import load_config
+
+# What a config says of training alone, at the top of its params and in those of its first stage.
+TRAINING_PARAMS = ("ckpt_path", "ignore_keys", "monitor", "scheduler_config", "ucg_training", "use_ema")
+
+
+def assemble(logs: Path, out: Path) -> None:
+    """Write model.safetensors, config.yaml and clip/ into `out` from the log folder of a CachedLatentDiffusion.
+
+    The averaged weights of the denoiser are taken. clip/ is the cond stage's folder, both towers, in half precision.
+    """
+    config = load_config(max((logs / "configs").glob("*-project.yaml")))
+    model = OmegaConf.to_container(config.model, resolve=True)
+    params, first_stage = model["params"], model["params"]["first_stage_config"]["params"]
+    clip, kept = Path(params["cond_stage_config"]["params"]["version"]), out / "clip"
+    for name in TRAINING_PARAMS:
+        params.pop(name, None)
+        first_stage.pop(name, None)
+    params["use_ema"] = False
+    params["cond_stage_config"]["params"]["version"] = kept.as_posix()
+    model["target"] = "ldm.models.diffusion.ddpm.LatentDiffusion"
+
+    kept.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create({"model": model}), out / "config.yaml")
+    trained = read_checkpoint(logs / "checkpoints" / "last.ckpt", use_ema=True)
+    weights = {name: weight for name, weight in trained.items()
+               if not COMPUTED.fullmatch(name) and not TRAINING_ONLY.fullmatch(name)}
+    save_file(halved(weights), out / "model.safetensors")
+    save_file(halved(load_file(clip / "model.safetensors")), kept / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "vocab.json", "merges.txt"):
+        shutil.copyfile(clip / name, kept / name)
+
+
+def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in half precision, single numbers and integers as they are."""
+    return {name: weight.to(torch.float16 if weight.is_floating_point() and weight.ndim else weight.dtype).contiguous()
+            for name, weight in weights.items()}

@@ -1,0 +1,63 @@
+"""Train the model of the shapes world from nothing and put it together; run again, it goes on where it was interrupted.
+
+    python scripts/train_shapes.py                             # on two processor cores: a night
+    python scripts/train_shapes.py data.params.num_workers=8   # on a GPU: minutes
+
+The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops and then on whole pictures,
+CLIP, and latent diffusion. What this command does not know is handed to each of them.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs" / "shapes"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("logs/shapes"), metavar="FOLDER",
+                        help="where the logs of the stages are (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("models/ldm/shapes"), metavar="FOLDER",
+                        help="where the finished model goes (default: %(default)s)")
+    return parser
+
+
+def train(work: Path, stage: str, configs: list[str], words: list[str]) -> Path:
+    """Train a stage, or go on with it, and return its log folder."""
+    begun = sorted(path.parent.parent for path in work.glob(f"*_{stage}/checkpoints/last.ckpt"))
+    if begun:
+        start = ["-r", str(begun[-1])]
+    else:
+        start = ["-n", stage, "-l", str(work), "-b", *(str(CONFIGS / name) for name in configs)]
+    code = subprocess.run([sys.executable, str(ROOT / "main.py"), "-t", "--no-test", *start, *words]).returncode
+    if code:
+        sys.exit(code)
+    return max(work.glob(f"*_{stage}"))
+
+
+def main() -> None:
+    options, words = make_parser().parse_known_args()
+    work, tower = options.work, options.work / "clip"
+
+    crops = train(work, "autoencoder", ["autoencoder.yaml"], words)
+    first_stage = train(work, "autoencoder-whole", ["autoencoder.yaml", "autoencoder-whole.yaml"],
+                        [f"model.params.ckpt_path={crops}/checkpoints/last.ckpt", *words])
+    train(work, "clip", ["clip.yaml"], [f"model.params.folder={tower}", *words])
+    logs = train(work, "latent", ["latent.yaml"], [
+        f"model.params.first_stage_config.params.ckpt_path={first_stage}/checkpoints/last.ckpt",
+        f"model.params.cond_stage_config.params.version={tower}",
+        f"data.params.train.params.path={work}/latents",
+        f"data.params.validation.params.path={work}/latents-validation",
+        *words,
+    ])
+    from ldm.training.assemble import assemble
+
+    assemble(logs, options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
