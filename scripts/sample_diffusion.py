@@ -9,6 +9,7 @@ Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memor
 """
 
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from ldm.generation import arguments
@@ -47,7 +48,10 @@ def parse(argv: list[str] | None = None):
 
 
 def labels(text: str) -> list[int]:
-    return [int(one) for one in text.split(",")]
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError as error:
+        raise ArgumentTypeError(f"must be numbers with commas between them, such as 207,360, got {text!r}") from error
 
 
 def checkpoint(path: Path) -> str:

@@ -5,8 +5,9 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import pick
@@ -97,17 +98,28 @@ def mask_pairs(folder: str) -> list[tuple[Path, Path]]:
 
 
 def replay(args: Namespace) -> int:
-    """Make the picture `args.replay` again, with the settings that it records, and give the exit code."""
+    """Make the picture `args.replay` again, with the settings that it records, and give the exit code.
+
+    How it is run may be changed on the command line, and which weights run is said there alone.
+    """
     set_up(args)
 
     from ldm.generation.loading import choose, open_run
     from ldm.generation.record import Replay
 
     recorded = Replay.read(args.replay)
-    how = recorded.how
-    model = replace(pick(ModelOptions, args), precision=how["precision"], device=how["device"], use_ema=how["use_ema"])
-    run = RunOptions(outdir=args.outdir, skip_grid=True, watermark=how["watermark"], safety=how["safety"])
+    logger.info("%s was made with %s (sha256 %s)", args.replay, recorded.checkpoint, recorded.sha256[:10])
+    model, run = prefer(pick(ModelOptions, args), recorded.how), prefer(pick(RunOptions, args), recorded.how)
     ready = open_run(recorded.requests, model, run, show, choose(model))
     if ready.recorder.sha256 != recorded.sha256:
-        logger.warning("the picture was made with another checkpoint (sha256 %s): it will differ", recorded.sha256)
+        logger.warning("%s is another checkpoint: the picture will differ", model.ckpt)
+    for name, now in ready.recorder.how.items():
+        if now != recorded.how[name]:
+            logger.warning("the picture was made with %s %r, not %r: it may differ", name, recorded.how[name], now)
     return ready.redraw(recorded).exit_code
+
+
+def prefer(given: ModelOptions | RunOptions, recorded: Mapping[str, Any]) -> ModelOptions | RunOptions:
+    """The options that were given, and where they are the default, those recorded."""
+    silent = [one.name for one in fields(given) if one.name in recorded and getattr(given, one.name) == one.default]
+    return replace(given, **{name: recorded[name] for name in silent})

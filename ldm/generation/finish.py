@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.generation.options import RunOptions
 from ldm.generation.pipeline import Picture
 from ldm.generation.request import Request
-from ldm.image.watermark import stamp
+from ldm.image.watermark import load_package, stamp
 from ldm.safety import SafetyChecker, apply
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Finisher:
 
     def __init__(self, options: RunOptions):
         self.text = options.watermark
+        if self.text:
+            load_package()  # what is missing is told now, not after the first picture
         self._noted: set[str] = set()
         self.action = options.safety
         self.checker = None if self.action == "off" else SafetyChecker.load(required=self.action != "auto")

@@ -1,8 +1,9 @@
 """What is written into each PNG, and read back to make the same picture again."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread
 
@@ -18,18 +19,21 @@ from ldm.image.metadata import format_parameters, read_record, sampler_label, to
 # Packages whose version may change a picture.
 PACKAGES = ("torch", "numpy", "transformers", "pillow", "invisible-watermark")
 
+# The settings of a run that may change a picture.
+HOW = ("device", "precision", "use_ema", "watermark", "safety")
+
 
 class Recorder:
     """Describes the pictures of one run; the checkpoint is hashed in the background while the first batch is sampled.
 
-    how: the settings of the run that change a picture: device, precision, watermark, safety, use_ema.
+    how: the settings of the run that change a picture, by the names in HOW.
     """
 
-    def __init__(self, config: Path, checkpoint: Path, how: Mapping[str, str]):
+    def __init__(self, config: Path, checkpoint: Path, how: Mapping[str, str | bool | None]):
         self.config = config
         self.checkpoint = checkpoint
         self.how = dict(how)
-        self.versions = {"ldm": __version__, **{name: version(name) for name in PACKAGES}}
+        self.versions = installed_versions()
         self._sha256 = ""
         self._hashing = Thread(target=self._hash, daemon=True)
         self._hashing.start()
@@ -76,6 +80,15 @@ class Recorder:
 OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "class_label")
 
 
+def installed_versions() -> dict[str, str]:
+    """Of this project and of PACKAGES, as far as they are installed."""
+    found = {"ldm": __version__}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 @dataclass(frozen=True)
 class Replay:
     """A recorded picture: its whole batch, its place in it, the noise drawn before, and how it was run."""
@@ -83,7 +96,8 @@ class Replay:
     requests: tuple[Request, ...]
     index: int
     noise: list[list[int]]
-    how: dict[str, str]
+    how: dict[str, str | bool | None]
+    checkpoint: str
     sha256: str
 
     @classmethod
@@ -91,10 +105,12 @@ class Replay:
         """Read the record of a picture. Raises ImageError where it has none that can be used, RequestError."""
         record = read_record(path)
         try:
-            batch = record["batch"]
+            batch, model = record["batch"], record["model"]
             requests = tuple(Request.from_record({**record["request"], **one}) for one in batch["requests"])
             noise = [[int(number) for number in numbers] for numbers in batch["noise"]]
-            return cls(requests, int(batch["index"]), noise, dict(record["run"]), str(record["model"]["sha256"]))
+            how = {name: record["run"][name] for name in HOW}
+            index = range(len(requests)).index(batch["index"])
+            return cls(requests, index, noise, how, str(model["checkpoint"]), str(model["sha256"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, RequestError):
                 raise

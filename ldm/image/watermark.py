@@ -71,7 +71,7 @@ def _to_bgr(image: Image.Image) -> np.ndarray:
 
 
 def _encode(pixels: np.ndarray, text: str, method: str) -> np.ndarray:
-    encoder = _package().WatermarkEncoder()
+    encoder = load_package().WatermarkEncoder()
     encoder.set_watermark("bytes", text.encode())
     with np.errstate(invalid="ignore"):  # a colour that the wavelet pushes out of range wraps, as in the original
         return encoder.encode(pixels, method)
@@ -79,14 +79,16 @@ def _encode(pixels: np.ndarray, text: str, method: str) -> np.ndarray:
 
 def _decode(pixels: np.ndarray, text: str, method: str) -> bool:
     wanted = text.encode()
-    return _package().WatermarkDecoder("bytes", 8 * len(wanted)).decode(pixels, method) == wanted
+    return load_package().WatermarkDecoder("bytes", 8 * len(wanted)).decode(pixels, method) == wanted
 
 
-def _package():
+def load_package():
+    """Import the encoder, or say how to get it. Raises MissingExtra."""
     try:
         return importlib.import_module("imwatermark")
     except ImportError as error:  # not installed, or its OpenCV lacks a system library
         raise MissingExtra(
             f"the invisible watermark needs the package invisible-watermark ({error}); run: pip install "
-            "invisible-watermark, and on a machine without a display opencv-python-headless in place of opencv-python"
+            "invisible-watermark, and on a machine without a display opencv-python-headless in place of opencv-python; "
+            "or use --watermark off"
         ) from error
