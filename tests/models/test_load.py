@@ -111,6 +111,14 @@ def test_channels_and_rows_that_were_saved_turned_are_put_straight(tmp_path):
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_for_a_gpu_is_put_there_with_all_that_it_computed(tmp_path):
+    model = load_model(TINY, write(tmp_path / "model.ckpt", weights()), device="cuda", dtype=torch.bfloat16)
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cuda"}
+    assert torch.equal(model.betas.cpu(), weights()["betas"])
+
+
 # ---------------------------------------------------------------------------------------------------------------- EMA
 
 def averaged() -> dict[str, torch.Tensor]:
@@ -316,6 +324,7 @@ def test_loading_is_quiet_and_leaves_the_random_state_alone(tmp_path, caplog):
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
+SLACK = 8 << 20  # bytes that the allocator may keep beside the 46 or 92 MiB of these weights
 MEASURE = """
 import re, sys
 from pathlib import Path
@@ -334,7 +343,7 @@ Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 model = load_model(config, path, dtype=dtype)
 size = sum(weight.nbytes for weight in model.state_dict().values())
-print((peak() - before) / size)
+print(peak() - before, size)
 """
 
 
@@ -350,4 +359,5 @@ def test_loading_takes_the_memory_of_the_weights_and_no_second_copy(form, dtype,
         files += [tmp_path / f"{name}.yaml", write(tmp_path / f"{name}.ckpt", state, form)]
     command = [sys.executable, "-c", MEASURE, *map(str, files[:2]), dtype, *map(str, files[2:])]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 1.15
+    taken, size = map(int, done.stdout.split())
+    assert taken < 1.15 * size + SLACK
