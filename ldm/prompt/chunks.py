@@ -16,7 +16,8 @@ def split(text: str, spans: Sequence[tuple[int, int]], size: int = 75, reach: in
         if text[start:end].strip() in CLAUSE_ENDS:
             return 2, stop
         inside_a_word = text[end - 1:end].isalnum() and text[end:end + 1].isalnum()
-        return int(not inside_a_word), stop
+        inside_a_token = spans[stop] == spans[stop - 1]  # one of several for the same piece of text: a learned word
+        return int(not (inside_a_word or inside_a_token)), stop
 
     runs, start = [], 0
     while len(spans) - start > size:

@@ -164,10 +164,16 @@ class ClipTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
+def end_marks(ids: Tensor, vocabulary: int, eos: int | None = None) -> Tensor:
+    """Where the end mark of each row is: (b, n) -> (b,). It is the first `eos`, or without one the largest id of the
+    vocabulary, past which are those of learned words."""
+    return (ids.masked_fill(ids >= vocabulary, 0) if eos is None else (ids == eos).int()).argmax(dim=-1)
+
+
 class ClipTextModel(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
-        self.eos = config.eos
+        self.eos, self.vocabulary = config.eos, config.vocabulary
         self.embeddings = ClipTextEmbeddings(config)
         self.encoder = ClipEncoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
@@ -177,7 +183,7 @@ class ClipTextModel(nn.Module):
     ) -> ClipOutput:
         states = self.encoder(self.embeddings(input_ids=input_ids, position_ids=position_ids))
         last = self.final_layer_norm(states[-1])
-        end = (input_ids if self.eos is None else (input_ids == self.eos).int()).argmax(dim=-1)
+        end = end_marks(input_ids, self.vocabulary, self.eos)
         pooled = last[torch.arange(len(last), device=last.device), end.to(last.device)]
         return ClipOutput(last, pooled, states if output_hidden_states else None)
 

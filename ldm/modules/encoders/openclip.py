@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError
-from ldm.modules.encoders.clip import ACTIVATIONS, ClipConfig, attend, positions
+from ldm.modules.encoders.clip import ACTIVATIONS, ClipConfig, attend, end_marks, positions
 from ldm.modules.encoders.files import WEIGHTS, local_folder, pick, read_weights
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class Clip(nn.Module):
     def __init__(self, text: ClipConfig, vision: ClipConfig | None = None, embed: int | None = None):
         super().__init__()
         embed = embed or text.width
+        self.vocabulary = text.vocabulary
         if vision is not None:
             self.visual = VisualTransformer(vision, embed)
         self.transformer = Transformer(text)
@@ -120,7 +121,8 @@ class Clip(nn.Module):
     def encode_text(self, ids: Tensor) -> Tensor:
         """One vector a text, taken at its end mark, the largest id: (b, n) -> (b, embed)."""
         states = self.text_states(ids)
-        return states[torch.arange(len(states), device=states.device), ids.argmax(dim=-1)] @ self.text_projection
+        end = end_marks(ids, self.vocabulary)
+        return states[torch.arange(len(states), device=states.device), end] @ self.text_projection
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.visual(pixels)

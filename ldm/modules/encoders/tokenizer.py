@@ -5,7 +5,8 @@ Importing `transformers` for its CLIPTokenizer adds about a second to every star
 
 import gzip
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import islice
@@ -36,7 +37,8 @@ class TextTokenizer:
     """A vocabulary behind the calls that public code makes on a Hugging Face tokenizer.
 
     Texts become [bos] ids [eos] [pad] ...; `bos_token_id`, `eos_token_id` and `pad_token_id` are those ids. `unk_token`
-    stands for what the vocabulary lacks. The `marks` are read as one token each where a text spells them out.
+    stands for what the vocabulary lacks. The `marks` are read as one token each where a text spells them out. `words`
+    are those that `set_words` has set.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TextTokenizer:
         self.backend_tokenizer = backend
         self.bos_token, self.eos_token, self.pad_token, self.unk_token = bos_token, eos_token, pad_token, unk_token
         self.model_max_length = model_max_length
+        self.set_words({})
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()
@@ -74,8 +77,8 @@ class TextTokenizer:
         limit = max_length or self.model_max_length
         room = limit - 2 * add_special_tokens if truncation else None
         # One text at a time: encode_batch starts a pool of threads, which complains when a data loader forks later.
-        found = [self.backend_tokenizer.encode(t, add_special_tokens=False) for t in ([text] if single else text)]
-        ids, offsets = [one.ids[:room] for one in found], [one.offsets[:room] for one in found]
+        found = [self._encode(t) for t in ([text] if single else text)]
+        ids, offsets = [ids[:room] for ids, _ in found], [spans[:room] for _, spans in found]
         if add_special_tokens:
             ids = [[self.bos_token_id, *row, self.eos_token_id] for row in ids]
             offsets = [[(0, 0), *row, (0, 0)] for row in offsets]
@@ -93,6 +96,33 @@ class TextTokenizer:
         if return_tensors:
             return Encoding({name: torch.tensor(rows) for name, rows in result.items()})
         return Encoding({name: rows[0] for name, rows in result.items()}) if single else result
+
+    def set_words(self, words: Mapping[str, Sequence[int]]) -> None:
+        """Read each of these words as its ids, whatever the vocabulary makes of it, in place of any set before.
+
+        They are found as whole words, the longest first, in upper and lower case.
+        """
+        self.words = {word: list(ids) for word, ids in words.items()}
+        self._longest_first = sorted(self.words, key=len, reverse=True)
+        self._word = re.compile("|".join(f"({_whole(word)})" for word in self._longest_first), re.IGNORECASE)
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text without marks, and where in it each stands."""
+        ids, spans, start = [], [], 0
+        for match in self._word.finditer(text) if self.words else ():
+            self._encode_plain(text[start:match.start()], start, ids, spans)
+            own = self.words[self._longest_first[match.lastindex - 1]]
+            ids += own
+            spans += [match.span()] * len(own)
+            start = match.end()
+        self._encode_plain(text[start:], start, ids, spans)
+        return ids, spans
+
+    def _encode_plain(self, text: str, start: int, ids: list[int], spans: list[tuple[int, int]]) -> None:
+        """Append what the vocabulary makes of a text that stands at `start` of another."""
+        found = self.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids += found.ids
+        spans += [(start + left, start + right) for left, right in found.offsets]
 
     @property
     def bos_token_id(self) -> int:
@@ -138,6 +168,12 @@ class TextTokenizer:
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(ids)
         return [self.backend_tokenizer.id_to_token(int(i)) for i in ids]
+
+
+def _whole(word: str) -> str:
+    """The pattern of a word that is no part of a longer one, whatever space is in it."""
+    left, right = r"(?<!\w)" if re.match(r"\w", word) else "", r"(?!\w)" if re.search(r"\w\Z", word) else ""
+    return left + r"\s+".join(map(re.escape, word.split())) + right
 
 
 @cache
