@@ -74,6 +74,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = merge_configs(place.configs, dotlist)
     OmegaConf.resolve(config)
     lightning = config.pop("lightning", OmegaConf.create())
+    settings = trainer_options({**lightning.get("trainer", {}), **flags})
     lightning.seed = seed = lightning.get("seed", SEED) if options.seed is None else options.seed
     pl.seed_everything(seed, workers=True, verbose=False)
 
@@ -81,7 +82,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not isinstance(model, pl.LightningModule):
         raise ConfigError(f"{config.model.target} is no LightningModule; import pytorch_lightning before ldm to train")
     data = instantiate_from_config(with_seed(config.get("data"), seed))
-    settings = trainer_options({**lightning.get("trainer", {}), **flags})
     if not model.automatic_optimization:
         model.accumulate_grad_batches = settings.pop("accumulate_grad_batches", 1)
     trainer = make_trainer(settings, lightning, place, now, model, data, config)
@@ -121,6 +121,12 @@ def make_trainer(
         "learning_rate_logger": {"target": "main.LearningRateMonitor", "params": {"logging_interval": "step"}},
         "cuda_callback": {"target": "main.CUDACallback"},
     }
+    if "metrics_over_trainsteps_checkpoint" in lightning.get("callbacks", {}):
+        callbacks["metrics_over_trainsteps_checkpoint"] = {
+            "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+            "params": {"dirpath": str(place.checkpoints / "trainstep_checkpoints"), "save_weights_only": True,
+                       "filename": "{epoch:06}-{step:09}", "save_top_k": -1, "every_n_train_steps": 10000},
+        }  # fmt: skip
     asked = OmegaConf.merge(callbacks, lightning.get("callbacks", {}))
     last = {"minutes": 5.0, **lightning.get("last_checkpoint", {})}
     made = [StepSeed(lightning.seed), *(instantiate_from_config(c) for c in asked.values() if c is not None)]
@@ -133,6 +139,8 @@ def make_trainer(
     if "logger" in lightning:
         loggers.append(instantiate_from_config(lightning.logger))
     defaults = {"logger": loggers, "callbacks": made, "default_root_dir": str(logdir)}
+    if lightning.get("find_unused_parameters") and settings.get("strategy") == "ddp":
+        settings["strategy"] = "ddp_find_unused_parameters_true"
     if isinstance(data, DataModuleFromConfig):  # whose samplers know of ranks by themselves
         defaults["use_distributed_sampler"] = False
     return pl.Trainer(**{**defaults, **settings})

@@ -31,10 +31,15 @@ class StepSeed(Callback):
     def __init__(self, seed: int):
         self.seed = seed
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.set(trainer, done=trainer.fit_loop.epoch_loop.batch_progress.total.processed - 1)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        number = done * trainer.world_size + trainer.global_rank
-        torch.manual_seed(hash((self.seed, number)) % 2**63)
+        self.set(trainer, done=trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+    def set(self, trainer: Trainer, done: int) -> None:
+        """Seed for the batch after so many."""
+        torch.manual_seed(hash((self.seed, done * trainer.world_size + trainer.global_rank)) % 2**63)
 
 
 class LastCheckpoint(Callback):
@@ -90,11 +95,11 @@ class LastCheckpoint(Callback):
     def write(self, trainer: Trainer) -> None:
         """Write the checkpoint.
 
-        Lightning takes a checkpoint with a batch under way for one that lacks the last batch's logging step, and adds
-        it on resuming; it is taken off here, so that the curves of both runs meet.
+        On resuming one with a batch under way, Lightning counts a logging step more than was taken; it is taken off
+        here, so that the curves of both runs meet.
         """
         loop = trainer.fit_loop.epoch_loop
-        extra = int(loop.batch_progress.total.ready != loop.batch_progress.total.completed)
+        extra = int(loop.batch_progress.total.ready != loop.batch_progress.total.processed)
         loop._batches_that_stepped -= extra
         trainer.save_checkpoint(self.path)
         loop._batches_that_stepped += extra

@@ -6,12 +6,12 @@ import pytorch_lightning as pl
 
 
 class Alarm(pl.Callback):
-    """Send this process a signal, or raise an error, when a training batch ends."""
+    """Send this process a signal, or raise an error, in the middle of a training step."""
 
     def __init__(self, step: int, signum: int | None = None):
         self.step, self.signum = step, signum
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
         if trainer.global_step != self.step:
             return
         if self.signum is None:

@@ -58,9 +58,10 @@ class Runs:
         done = subprocess.run(command, cwd=self.folder, env=environment, text=True, capture_output=True, timeout=120)
         return done.returncode, done.stdout + done.stderr
 
-    def train(self, name: str, *words: str, code: int = 0) -> Path:
+    def train(self, name: str, *words: str | Path, code: int = 0) -> Path:
         """Train a new run, see it end with an exit code, and return its log folder."""
-        found, output = self.run("-b", self.config, "-t", "--no-test", "-n", name, "-l", self.folder, *words)
+        start = words if "-b" in words else ("-b", self.config, *words)
+        found, output = self.run(*start, "-t", "--no-test", "-n", name, "-l", self.folder)
         assert found == code, output
         (logs,) = self.folder.glob(f"*_{name}")
         return logs

@@ -14,7 +14,7 @@ from ldm.util import instantiate_from_config
 
 
 def alarm(step: int, signum: int | None) -> list[str]:
-    """Overrides that make a run interrupt itself once, at a step."""
+    """Overrides that make a run interrupt itself in the step after so many."""
     number = "null" if signum is None else int(signum)
     return ["lightning.callbacks.alarm.target=alarm.Alarm", f"lightning.callbacks.alarm.params.step={step}",
             f"lightning.callbacks.alarm.params.signum={number}"]
@@ -31,8 +31,8 @@ def weights(logs):
     return torch.load(logs / "checkpoints" / "last.ckpt", weights_only=False)
 
 
-# Step 4 is in the middle of the first epoch of six batches, step 6 its end.
-@pytest.mark.parametrize("step, signum, code", [(4, signal.SIGTERM, 143), (6, signal.SIGINT, 130), (7, None, 1)])
+# An epoch has six batches: the first signal is heard in the middle of one, the second at its end.
+@pytest.mark.parametrize("step, signum, code", [(3, signal.SIGTERM, 143), (5, signal.SIGINT, 130), (7, None, 1)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(runs, whole, step, signum, code):
     logs = runs.train(f"interrupted-{step}", *alarm(step, signum), code=code)
     code, output = runs.run("-r", logs, "-t", "--no-test", "lightning.callbacks.alarm=null")
