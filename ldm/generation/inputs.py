@@ -1,6 +1,7 @@
 """The pictures that a request starts from, made to fit the model."""
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,11 +48,24 @@ def read_inputs(request: Request, geometry: Geometry) -> Inputs:
     """Read what a request starts from, at the size that is drawn. Raises ImageError, RequestError."""
     if request.init_img is None:
         return Inputs(*geometry.size(request))
-    return _read_inputs(request.init_img, request.mask, request.width, request.height, geometry)
+    files = tuple(path and fingerprint(path) for path in (request.init_img, request.mask))
+    return _read_inputs(request.init_img, request.mask, request.width, request.height, geometry, files)
+
+
+def fingerprint(path: str) -> tuple | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=4)
-def _read_inputs(init_img: str, mask: str | None, width: int | None, height: int | None, geometry: Geometry) -> Inputs:
+def _read_inputs(
+    init_img: str, mask: str | None, width: int | None, height: int | None, geometry: Geometry, files: tuple
+) -> Inputs:
+    """Each file is read, and what is done to it told, once for as long as `files` tell that it is the same."""
     image = read_image(init_img)
     own = image.size
     if width or height:
