@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "shapes"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,17 +21,17 @@ def make_parser() -> argparse.ArgumentParser:
                         help="where the logs of the stages are (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("models/ldm/shapes"), metavar="FOLDER",
                         help="where the finished model goes (default: %(default)s)")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "shapes", metavar="FOLDER",
+                        help="the recipe (default: configs/shapes)")
     return parser
 
 
-def train(work: Path, stage: str, configs: list[str], words: list[str]) -> Path:
+def train(work: Path, stage: str, configs: list[Path], words: list[str]) -> Path:
     """Train a stage, or go on with it, and return its log folder."""
     begun = sorted(path.parent.parent for path in work.glob(f"*_{stage}/checkpoints/last.ckpt"))
-    if begun:
-        start = ["-r", str(begun[-1])]
-    else:
-        start = ["-n", stage, "-l", str(work), "-b", *(str(CONFIGS / name) for name in configs)]
-    code = subprocess.run([sys.executable, str(ROOT / "main.py"), "-t", "--no-test", *start, *words]).returncode
+    start = ["-r", begun[-1]] if begun else ["-n", stage, "-l", work, "-b", *configs]
+    command = [sys.executable, ROOT / "main.py", "-t", "--no-test", *start, *words]
+    code = subprocess.run([str(word) for word in command]).returncode
     if code:
         sys.exit(code)
     return max(work.glob(f"*_{stage}"))
@@ -41,13 +40,15 @@ def train(work: Path, stage: str, configs: list[str], words: list[str]) -> Path:
 def main() -> None:
     options, words = make_parser().parse_known_args()
     work, tower = options.work, options.work / "clip"
+    crops, whole, clip, latent = (options.configs / f"{name}.yaml"
+                                  for name in ("autoencoder", "autoencoder-whole", "clip", "latent"))
 
-    crops = train(work, "autoencoder", ["autoencoder.yaml"], words)
-    first_stage = train(work, "autoencoder-whole", ["autoencoder.yaml", "autoencoder-whole.yaml"],
-                        [f"model.params.ckpt_path={crops}/checkpoints/last.ckpt", *words])
-    train(work, "clip", ["clip.yaml"], [f"model.params.folder={tower}", *words])
-    logs = train(work, "latent", ["latent.yaml"], [
-        f"model.params.first_stage_config.params.ckpt_path={first_stage}/checkpoints/last.ckpt",
+    logs = train(work, "autoencoder", [crops], words)
+    logs = train(work, "autoencoder-whole", [crops, whole],
+                 [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *words])
+    train(work, "clip", [clip], [f"model.params.folder={tower}", *words])
+    logs = train(work, "latent", [latent], [
+        f"model.params.first_stage_config.params.ckpt_path={logs}/checkpoints/last.ckpt",
         f"model.params.cond_stage_config.params.version={tower}",
         f"data.params.train.params.path={work}/latents",
         f"data.params.validation.params.path={work}/latents-validation",
