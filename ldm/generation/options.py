@@ -51,7 +51,7 @@ class RunOptions:
         check_choice("safety", self.safety, SAFETY_ACTIONS)
         for name, low in (("batch_size", 1), ("n_iter", 1), ("n_rows", 0)):
             if getattr(self, name) < low:
-                spelled = "n_samples" if name == "batch_size" else name
+                spelled = "the pictures in a batch" if name == "batch_size" else name
                 raise RequestError(f"{spelled} must be at least {low}, got {getattr(self, name)}")
 
 

@@ -138,7 +138,7 @@ def first_latent(model: LatentDiffusion, image: Tensor) -> Tensor:
 
     def encode() -> Tensor:
         posterior = model.encode_first_stage(image)
-        return model.get_first_stage_encoding(posterior.mode() if hasattr(posterior, "mode") else posterior)
+        return model.get_first_stage_encoding(posterior if isinstance(posterior, Tensor) else posterior.mode())
 
     return run_first_stage(model, encode)
 

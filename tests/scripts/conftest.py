@@ -52,7 +52,13 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
+def source():
+    """What a script defines, by name: source("txt2img")["parse"]."""
+    return lambda name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
+
+
+@pytest.fixture
+def script(source, tmp_path, monkeypatch, capsys):
     """As `command`, in this process: the same parse, main and execute, without the seconds that torch takes to load."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -60,12 +66,11 @@ def script(tmp_path, monkeypatch, capsys):
     levels = [logger.level for logger in loggers]
 
     def run(name: str, *options: object) -> Outcome:
-        path = ROOT / "scripts" / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, options)])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
         monkeypatch.setattr(logging.getLogger(), "handlers", [])
         capsys.readouterr()
         try:
-            code = execute(runpy.run_path(str(path))["main"])
+            code = execute(source(name)["main"])
         except SystemExit as end:
             code = end.code
         written = capsys.readouterr()
