@@ -73,14 +73,12 @@ class Layer:
         kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return bare((self.up.shape[0], self.down.shape[1], *kernel))
 
-    def change(self, weight: Tensor) -> Tensor:
-        """What is added to a weight: float32, of its shape, on its device."""
-        up, down = (factor.to(weight.device, torch.float32).flatten(1) for factor in (self.up, self.down))
-        if self.mid is None:
-            full = up @ down
-        else:
-            full = torch.einsum("or,rskl,si->oikl", up, self.mid.to(up), down)
-        return self.scale * full.reshape(weight.shape)
+    def change(self, like: Tensor, weight: float = 1.0) -> Tensor:
+        """What is added at a weight of 1 or another: of the shape, dtype and device of `like`."""
+        up, down = (factor.to(like).flatten(1) for factor in (self.up, self.down))
+        up = weight * self.scale * up
+        full = up @ down if self.mid is None else torch.einsum("or,rskl,si->oikl", up, self.mid.to(up), down)
+        return full.reshape(like.shape)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def changes(model: nn.Module, loras: Sequence[Lora]) -> Iterator[tuple[Place, Te
     for place, added in plan.values():
         total = place.rows.to(torch.float32, copy=True)
         for layer, weight in added:
-            total += weight * layer.change(total)
+            total += layer.change(total, weight)
         yield place, total
 
 

@@ -36,6 +36,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
 
 
+class Several(argparse.Action):
+    """An option that may be given several times, with one value or more each: all of them, in a tuple."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, nargs="+", default=(), **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+
+
 def add_prompts(parser: Parser, prompt: str) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument("--prompt", default=prompt, metavar="TEXT", help="the prompt (default: %(default)s)")
@@ -107,6 +117,11 @@ def add_model(parser: Parser, ckpt: str | None = ModelOptions.ckpt) -> None:
     group.add_argument("--precision", choices=PRECISIONS, default=ModelOptions.precision,
                        help="auto is bf16 on a processor that computes in it, fp16 on an accelerator, else full "
                        "(default: %(default)s)")
+    group.add_argument("--lora", action=Several, metavar="FILE:WEIGHT",
+                       help="add a LoRA to the model; without :WEIGHT its weight is 1 (may be given several times)")
+    group.add_argument("--embedding", action=Several, metavar="FILE:WORD",
+                       help="learn a word of textual inversion for use in prompts; without :WORD it is the file's own "
+                       "(may be given several times)")
     group.add_argument("--offline", action="store_true", help="never reach for the network")
 
 

@@ -104,18 +104,23 @@ def replay(args: Namespace) -> int:
     """
     set_up(args)
 
+    from ldm.generation.adapters import differences, recall
     from ldm.generation.loading import choose, open_run
-    from ldm.generation.record import Replay
+    from ldm.generation.record import HOW, Replay
 
     recorded = Replay.read(args.replay)
     logger.info("%s was made with %s (sha256 %s)", args.replay, recorded.checkpoint, recorded.sha256[:10])
-    model, run = prefer(pick(ModelOptions, args), recorded.how), prefer(pick(RunOptions, args), recorded.how)
+    how = recorded.how | recall(recorded.how)
+    model, run = prefer(pick(ModelOptions, args), how), prefer(pick(RunOptions, args), how)
     ready = open_run(recorded.requests, model, run, show, choose(model))
     if ready.recorder.sha256 != recorded.sha256:
         logger.warning("%s is another checkpoint: the picture will differ", model.ckpt)
-    for name, now in ready.recorder.how.items():
-        if now != recorded.how[name]:
-            logger.warning("the picture was made with %s %r, not %r: it may differ", name, recorded.how[name], now)
+    then, now = recorded.how, ready.recorder.how
+    for name in HOW:
+        if now[name] != then[name]:
+            logger.warning("the picture was made with %s %r, not %r: it may differ", name, then[name], now[name])
+    for line in differences(then, now):
+        logger.warning("%s", line)
     return ready.redraw(recorded).exit_code
 
 

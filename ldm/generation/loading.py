@@ -11,6 +11,7 @@ from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError
+from ldm.generation.adapters import read_adapters
 from ldm.generation.batch import Run
 from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
@@ -77,18 +78,21 @@ def open_run(
     for request in dict.fromkeys(requests):
         read_inputs(request, chosen.geometry)
     check_outdir(options.outdir)
+    adapters = read_adapters(model)
     finish = Finisher(options)
     precision = pick_precision(model.precision, device)
     with as_out_of_memory(f"{device} has no room for {chosen.checkpoint}: try --precision bf16"):
         loaded = load_model(
             chosen.config, chosen.checkpoint, device=device, dtype=DTYPES[precision], use_ema=model.use_ema
         )
+        adapters.put_into(loaded)
     how = {
         "device": device.type,
         "precision": precision,
         "use_ema": model.use_ema,
         "watermark": options.watermark,
         "safety": options.safety,
+        **adapters.told,
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
     return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, finish, recorder, saved)

@@ -1,5 +1,6 @@
 """How a run is carried out: which model, on what, and where the pictures go. Standard library only."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ class ModelOptions:
     """Which weights, read through which YAML, and where and in what precision they run.
 
     config: None takes the one beside the checkpoint, else the shipped one of the family that the checkpoint tells.
-    use_ema: True for the averaged weights, False for the others, None for what the config says.
+    use_ema: True for the averaged weights, False for the others, None for what the config says. lora: FILE or
+    FILE:WEIGHT each, embedding: FILE or FILE:WORD each.
     """
 
     config: str | None = None
@@ -25,9 +27,13 @@ class ModelOptions:
     use_ema: bool | None = None
     device: str = "auto"
     precision: str = "auto"
+    lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
+        for option in self.lora:
+            weighted(option)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,30 @@ class RunOptions:
             if getattr(self, name) < low:
                 spelled = "the pictures in a batch" if name == "batch_size" else name
                 raise RequestError(f"{spelled} must be at least {low}, got {getattr(self, name)}")
+
+
+def weighted(option: str) -> tuple[str, float]:
+    """The file and the weight, 1 where it is silent, of a --lora option. Raises RequestError."""
+    file, tail = cut(option)
+    try:
+        weight = float(tail or 1)
+    except ValueError:
+        return option, 1.0
+    if not math.isfinite(weight):
+        raise RequestError(f"the weight of a LoRA must be a finite number, got {option!r}; 1 is usual, 0 is none")
+    return file, weight
+
+
+def learned(option: str) -> tuple[str, str | None]:
+    """The file and the word, None for the file's own, of an --embedding option."""
+    file, tail = cut(option)
+    return file, tail or None
+
+
+def cut(option: str) -> tuple[str, str]:
+    """A file, and what follows it after a colon; a colon further up a path is a part of it."""
+    file, _, tail = option.rpartition(":")
+    return (file, tail.strip()) if file and not set("/\\") & set(tail) else (option, "")
 
 
 def find(path: str) -> Path:

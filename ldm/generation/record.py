@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from PIL.PngImagePlugin import PngInfo
 
@@ -21,15 +22,16 @@ PACKAGES = ("torch", "numpy", "transformers", "pillow", "invisible-watermark")
 
 # The settings of a run that may change a picture.
 HOW = ("device", "precision", "use_ema", "watermark", "safety")
+ADAPTERS = ("lora", "embedding")
 
 
 class Recorder:
     """Describes the pictures of one run; the checkpoint is hashed in the background while the first batch is sampled.
 
-    how: the settings of the run that change a picture, by the names in HOW.
+    how: the settings of the run that change a picture, by the names in HOW and ADAPTERS.
     """
 
-    def __init__(self, config: Path, checkpoint: Path, how: Mapping[str, str | bool | None]):
+    def __init__(self, config: Path, checkpoint: Path, how: Mapping[str, Any]):
         self.config = config
         self.checkpoint = checkpoint
         self.how = dict(how)
@@ -96,7 +98,7 @@ class Replay:
     requests: tuple[Request, ...]
     index: int
     noise: list[list[int]]
-    how: dict[str, str | bool | None]
+    how: dict[str, Any]
     checkpoint: str
     sha256: str
 
@@ -109,6 +111,7 @@ class Replay:
             requests = tuple(Request.from_record({**record["request"], **one}) for one in batch["requests"])
             noise = [[int(number) for number in numbers] for numbers in batch["noise"]]
             how = {name: record["run"][name] for name in HOW}
+            how |= {name: record["run"].get(name, []) for name in ADAPTERS}
             index = range(len(requests)).index(batch["index"])
             return cls(requests, index, noise, how, str(model["checkpoint"]), str(model["sha256"]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
