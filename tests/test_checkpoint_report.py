@@ -54,7 +54,7 @@ def odd(state, tmp_path, **beside) -> list[str]:
     return report_on(tmp_path / "model.ckpt").odd
 
 
-# ------------------------------------------------------------------------------------------------------------ what it is
+# ----------------------------------------------------------------------------------------------------------- what it is
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_parameters_of_each_part_of_a_published_model_are_counted(name, tmp_path):
