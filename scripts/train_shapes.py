@@ -1,7 +1,7 @@
 """Train the model of the shapes world from nothing and put it together; run again, it goes on where it was interrupted.
 
-    python scripts/train_shapes.py                             # on two processor cores: a night
-    python scripts/train_shapes.py data.params.num_workers=8   # on a GPU: minutes
+    python scripts/train_shapes.py         # on two processor cores
+    python scripts/train_shapes.py --gpu   # on a GPU, in larger batches
 
 The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops and then on whole pictures,
 CLIP, and latent diffusion. What this command does not know is handed to each of them.
@@ -23,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="where the finished model goes (default: %(default)s)")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "shapes", metavar="FOLDER",
                         help="the recipe (default: configs/shapes)")
+    parser.add_argument("--gpu", action="store_true", help="merge the configs in the recipe's folder gpu over its own")
     return parser
 
 
@@ -40,14 +41,16 @@ def train(work: Path, stage: str, configs: list[Path], words: list[str]) -> Path
 def main() -> None:
     options, words = make_parser().parse_known_args()
     work, tower = options.work, options.work / "clip"
-    crops, whole, clip, latent = (options.configs / f"{name}.yaml"
-                                  for name in ("autoencoder", "autoencoder-whole", "clip", "latent"))
 
-    logs = train(work, "autoencoder", [crops], words)
-    logs = train(work, "autoencoder-whole", [crops, whole],
+    def recipe(*names: str) -> list[Path]:
+        files = [options.configs / f"{name}.yaml" for name in names]
+        return [*files, options.configs / "gpu" / files[-1].name] if options.gpu else files
+
+    logs = train(work, "autoencoder", recipe("autoencoder"), words)
+    logs = train(work, "autoencoder-whole", recipe("autoencoder", "autoencoder-whole"),
                  [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *words])
-    train(work, "clip", [clip], [f"model.params.folder={tower}", *words])
-    logs = train(work, "latent", [latent], [
+    train(work, "clip", recipe("clip"), [f"model.params.folder={tower}", *words])
+    logs = train(work, "latent", recipe("latent"), [
         f"model.params.first_stage_config.params.ckpt_path={logs}/checkpoints/last.ckpt",
         f"model.params.cond_stage_config.params.version={tower}",
         f"data.params.train.params.path={work}/latents",

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import logging
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.config import merge_configs, model_section
 from ldm.data.module import DataModuleFromConfig
-from ldm.errors import ConfigError, RequestError
+from ldm.errors import CheckpointError, ConfigError, RequestError
 from ldm.training.options import read_overrides, trainer_options
 from ldm.training.state import LastCheckpoint, StepSeed, Stopped
 from ldm.util import instantiate_from_config
@@ -89,10 +90,12 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     if options.train:
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=place.checkpoint, weights_only=False)
+            trainer.fit(model, datamodule=data, ckpt_path=place.checkpoint, weights_only=True)
         except Stopped as stop:
             logger.info("stopped by %s; go on with: python main.py -t -r %s", stop, place.logdir)
             return 128 + stop.signum
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{place.checkpoint} cannot be resumed: it is damaged, or asks to run code") from error
     if not options.no_test and is_overridden("test_step", model, pl.LightningModule):
         trainer.test(model, datamodule=data, ckpt_path=None if options.train else place.checkpoint)
     return 0

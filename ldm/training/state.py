@@ -71,11 +71,12 @@ class LastCheckpoint(Callback):
             signal.signal(signum, signal.default_int_handler)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
-        late = trainer.strategy.broadcast(time.monotonic() - self.written >= self.seconds)
-        if (self.asked is None and not late) or batch_idx % self.accumulated(trainer, pl_module):
+        late = time.monotonic() - self.written >= self.seconds
+        asked, late = trainer.strategy.broadcast((self.asked, late))  # the first process decides for all
+        if (asked is None and not late) or batch_idx % self.accumulated(trainer, pl_module):
             return
-        if self.asked in (signal.SIGINT, signal.SIGTERM):
-            raise Stopped(self.asked)
+        if asked in (signal.SIGINT, signal.SIGTERM):
+            raise Stopped(asked)
         self.asked = None
         self.write(trainer)
 
