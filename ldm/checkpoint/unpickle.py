@@ -8,6 +8,7 @@ leave open. A name is looked up in the tables below the moment it is read, and a
 import math
 import pickletools
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -185,7 +186,9 @@ def unpickle(file: BinaryIO, storage: Storage | None = None, source="the file") 
     CheckpointError where it is damaged or not a pickle.
     """
     try:
-        return Machine(storage, source).run(file)
+        # Python warns of odd escapes in texts, which only a damaged file has.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            return Machine(storage, source).run(file)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source} is damaged ({what}): download it again") from error

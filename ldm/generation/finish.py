@@ -41,8 +41,6 @@ class Finisher:
         self.checker = None if self.action == "off" else SafetyChecker.load(required=self.action != "auto")
         if self.action == "auto":
             self.action = "flag"
-            if self.checker is None:
-                logger.info("no safety checker: its weights are not at hand")
 
     def __call__(self, picture: Picture) -> Finished:
         image, found = self.check(picture.image)
@@ -52,6 +50,8 @@ class Finisher:
     def check(self, image: Image.Image) -> tuple[Image.Image, str]:
         """The picture after the safety action, and what the checker says of it."""
         if self.checker is None:
+            if self.action != "off":
+                self.note(logging.INFO, "no safety checker: its weights are not at hand")
             return image, ""
         verdict = self.checker.check([image])[0]
         if verdict.flagged:
@@ -63,7 +63,12 @@ class Finisher:
         if not self.text:
             return image, None
         stamped = stamp(image, self.text)
-        if stamped.note and stamped.note not in self._noted:
-            self._noted.add(stamped.note)
-            logger.warning("%s", stamped.note)
+        if stamped.note:
+            self.note(logging.WARNING, stamped.note)
         return stamped.image, stamped.method
+
+    def note(self, level: int, text: str) -> None:
+        """Log what may be true of many pictures once."""
+        if text not in self._noted:
+            self._noted.add(text)
+            logger.log(level, "%s", text)

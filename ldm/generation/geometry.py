@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldm.errors import ConfigError, RequestError
 from ldm.generation.request import Request, check_side
@@ -34,7 +35,7 @@ class Geometry:
                 raise RequestError(f"{name} is {is_} in this model, got {said}; leave the option out")
 
 
-def geometry(model_section: Mapping) -> Geometry:
+def geometry(model_section: Mapping, source: str | Path = "the config") -> Geometry:
     """Read the `model:` section of a config. Raises ConfigError where it does not describe a latent diffusion model."""
     try:
         params = model_section["params"]
@@ -45,4 +46,5 @@ def geometry(model_section: Mapping) -> Geometry:
         side = sides if isinstance(sides, int) else max(sides)
         return Geometry(params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the model section is not that of a latent diffusion model: {error} is missing") from error
+        what = str(error).partition("\n")[0]
+        raise ConfigError(f"{source} does not describe a latent diffusion model ({what})") from error

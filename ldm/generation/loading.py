@@ -50,7 +50,7 @@ def choose(options: ModelOptions) -> Chosen:
         )
     config = find(options.config or shipped_config(checkpoint))
     section = model_section(load_config(config), config)
-    return Chosen(config, checkpoint, section, geometry(section))
+    return Chosen(config, checkpoint, section, geometry(section, config))
 
 
 def shipped_config(checkpoint: Path) -> str:
