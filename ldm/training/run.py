@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import logging
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl  # before any model is imported: the models' base class is then Lightning's
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -62,18 +64,29 @@ def find_place(options: argparse.Namespace, now: str) -> Place:
     return Place(logdir, checkpoint, (*sorted((logdir / "configs").glob("*.yaml")), *map(Path, options.base)))
 
 
+def starting_time() -> str:
+    """When the run began, by which its folder is called: the first process tells those that Lightning starts for it."""
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["LDM_STARTED"] = now
+    return os.environ.get("LDM_STARTED", now)
+
+
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Carry out a command line of main.py; 0, or 128 + the number of the signal that ended the run.
 
     Raises ConfigError and RequestError, which say what to change.
     """
-    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    now = starting_time()
     dotlist, flags = read_overrides(overrides)
     place = find_place(options, now)
     if not place.configs:
         raise RequestError("nothing to run: name a config with -b/--base, or a log folder with -r/--resume")
     config = merge_configs(place.configs, dotlist)
-    OmegaConf.resolve(config)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config refers to what is not in it: {' '.join(str(error).split())}") from error
     lightning = config.pop("lightning", OmegaConf.create())
     settings = trainer_options({**lightning.get("trainer", {}), **flags})
     lightning.seed = seed = lightning.get("seed", SEED) if options.seed is None else options.seed
@@ -95,7 +108,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             logger.info("stopped by %s; go on with: python main.py -t -r %s", stop, place.logdir)
             return 128 + stop.signum
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{place.checkpoint} cannot be resumed: it is damaged, or asks to run code") from error
+            raise CheckpointError(f"cannot resume {place.checkpoint}: it is damaged, or asks to run code") from error
     if not options.no_test and is_overridden("test_step", model, pl.LightningModule):
         trainer.test(model, datamodule=data, ckpt_path=None if options.train else place.checkpoint)
     return 0

@@ -2,6 +2,8 @@
 
 import csv
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,7 @@ def test_a_signal_that_asks_for_a_checkpoint_does_not_end_the_run(runs):
     (["-b", "tiny.yaml", "-t", "--max_stepz", "3"], 2, "unknown argument '--max_stepz'"),
     (["-b", "tiny.yaml", "-t", "--auto_lr_find"], 3, "set model.base_learning_rate"),
     (["-b", "tiny.yaml", "-t", "model.target=ldm.nowhere.Model"], 3, "there is no module ldm.nowhere"),
+    (["-b", "tiny.yaml", "-t", "data.params.batch_size=${absent}"], 3, "refers to what is not in it"),
     (["-r", "nowhere", "-t"], 2, "nothing to resume at nowhere"),
     (["-r", ".", "-n", "x"], 2, "give one of them"),
 ])
@@ -95,7 +98,25 @@ def test_a_switch_before_a_change_to_the_config_does_not_take_it_for_its_value()
     assert main.main(["--no-test", "model.x=1"]) == 2  # for want of a config alone
 
 
+def test_help_loads_nothing_heavy():
+    code = ("import sys, main; main.make_parser().format_help(); "
+            "print(*{'torch', 'numpy', 'omegaconf', 'pytorch_lightning'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(main.__file__).parent, text=True, capture_output=True)
+    assert done.stdout.strip() == ""
+    assert done.returncode == 0
+
+
 def test_what_public_code_imports_from_main_is_there():
     for name in ("DataModuleFromConfig", "ImageLogger", "SetupCallback", "CUDACallback", "WrappedDataset"):
         assert getattr(main, name).__name__ == name
     assert main.instantiate_from_config is instantiate_from_config
+
+
+def test_a_checkpoint_that_asks_to_run_code_is_not_resumed(runs, whole):
+    folder = runs.folder / "hostile" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({**weights(whole), "extra": Path("/")}, folder / "last.ckpt")  # any object will do
+    code, output = runs.run("-r", folder.parent, "-b", runs.config, "-t", "--no-test")
+    assert code == 3, output
+    assert "asks to run code" in output
+    assert "Traceback" not in output
