@@ -1,0 +1,151 @@
+"""Scripts as processes: terminals, signals, closed pipes and full disks."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm.image.io import read_image
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["txt2img", "img2img", "inpaint", "sample_diffusion", "check_watermark"]
+HEAVY = {"torch", "numpy", "PIL", "cv2", "transformers", "omegaconf", "safetensors", "pytorch_lightning"}
+
+
+@pytest.fixture
+def start(models, tmp_path):
+    """Start txt2img on the tiny text model in a process of its own: start("--n_iter", 3, stdout=...)."""
+
+    def start(*options: object, **streams) -> subprocess.Popen:
+        line = [sys.executable, ROOT / "scripts/txt2img.py", "--ckpt", models["text"], "--watermark", "off", "--safety",
+                "off", "--skip_grid", "--n_samples", 1, "--device", "cpu", "--outdir", "out", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+        return subprocess.Popen(list(map(str, line)), cwd=tmp_path, env=environment, **streams)
+
+    return start
+
+
+def whole_pictures(folder: Path) -> list[str]:
+    """The names of everything in a folder, each of which can be read as a picture."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        assert read_image(folder / name).size == (64, 64)
+    return names
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_answers_without_loading_anything_heavy(name):
+    code = (
+        f"import runpy, sys; sys.argv = [{name!r}, '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'scripts' / f'{name}.py')!r}, run_name='__main__')\n"
+        f"except SystemExit as end: print(end.code, {HEAVY!r} & set(sys.modules) or '', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.split() == ["0"]
+    assert "usage:" in done.stdout
+    assert "Exit codes: 0" in done.stdout or "Exits with 0" in done.stdout
+
+
+def test_an_interrupted_run_exits_with_130_and_leaves_whole_pictures(start, tmp_path):
+    run = start("--ddim_steps", 4, "--n_iter", 1000, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    rest, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert said.splitlines() == ["interrupted; the pictures written so far are whole"]
+    printed = [Path(line).name for line in (first + rest).splitlines()]
+    assert printed[0] == "00000.png"
+    assert printed == whole_pictures(tmp_path / "out/samples")[:len(printed)]
+
+
+def test_a_reader_that_goes_away_stops_no_picture(start, tmp_path):
+    run = start("--ddim_steps", 1, "--n_iter", 4, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "out/samples/00000.png\n"
+    run.stdout.close()
+    said = run.stderr.read()
+    run.stderr.close()
+    assert run.wait(60) == 0
+    assert len(said.splitlines()) == 1
+    assert "Broken pipe" in said
+    assert whole_pictures(tmp_path / "out/samples") == [f"0000{k}.png" for k in range(4)]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_nothing_half_written(start, tmp_path):
+    resource = pytest.importorskip("resource", reason="needs a system that limits the size of files")
+
+    def nearly_full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # a probe fits, a picture does not
+
+    run = start("--ddim_steps", 1, "--n_iter", 4, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                preexec_fn=nearly_full)
+    out, said = run.communicate(timeout=60)
+    assert (run.returncode, out) == (1, "")
+    assert said.splitlines() == ["cannot write in out/samples: File too large"]
+    assert list((tmp_path / "out/samples").iterdir()) == []
+
+
+@pytest.fixture
+def terminal():
+    """A pseudo-terminal of 100 columns: (the end to read, the end to hand to a process)."""
+    pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+    import fcntl
+    import struct
+    import termios
+
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    yield reader, writer
+    os.close(reader)
+
+
+def everything(reader: int) -> str:
+    shown = b""
+    try:
+        while part := os.read(reader, 4096):
+            shown += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    return shown.decode()
+
+
+def test_a_terminal_gets_one_bar_over_the_whole_run_and_paths_on_lines_of_their_own(start, terminal):
+    reader, writer = terminal
+    run = start("--ddim_steps", 6, "--sampler", "ddim", "--n_iter", 2, stdout=writer, stderr=writer)
+    os.close(writer)
+    lines = everything(reader).replace("\r", "\n").splitlines()
+    assert run.wait(60) == 0
+    # Asked for 6 of 1000 steps, DDIM takes every 166th, which makes 7: what is counted is what is walked.
+    bars = [line for line in lines if "step/s]" in line]
+    assert all("/14 [" in line for line in bars)
+    assert any("100%" in line and "14/14 [" in line for line in bars)
+    assert "out/samples/00000.png" in lines
+    assert "out/samples/00001.png" in lines
+
+
+def test_a_quiet_run_shows_no_bar_on_a_terminal(start, terminal):
+    reader, writer = terminal
+    run = start("--ddim_steps", 2, "--n_iter", 1, "-q", stdout=subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    assert everything(reader) == ""
+    assert run.wait(60) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_fills_up_says_so(start, tmp_path):
+    disk = tmp_path / "out"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", disk], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        run = start("--ddim_steps", 1, "--n_iter", 8, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        out, said = run.communicate(timeout=60)
+        assert run.returncode == 1
+        full = "no space left to write in out/samples: free some, or choose another folder with --outdir"
+        assert said.splitlines() == [full]
+        assert 0 < len(out.splitlines()) < 8
+        assert whole_pictures(disk / "samples") == [Path(line).name for line in out.splitlines()]
+    finally:
+        subprocess.run(["umount", disk], check=True)
