@@ -148,6 +148,11 @@ def add_output(
     group.add_argument("--safety", choices=SAFETY_ACTIONS, default=RunOptions.safety,
                        help="what is done with a picture that the safety checker flags; auto flags it where the "
                        "checker's weights are at hand (default: %(default)s)")
+    group.add_argument("--preview", type=int, default=RunOptions.preview, metavar="N",
+                       help="show the pictures as they come, every N steps, in OUTDIR/preview.png; 0 shows none "
+                       "(default: %(default)s)")
+    group.add_argument("--json", action="store_true",
+                       help="write each event as a JSON object on a line of its own, in place of the paths")
     group.add_argument("-q", "--quiet", action="store_const", dest="verbosity", const=-1, default=0, help="only errors")
     group.add_argument(*verbose, action="store_const", dest="verbosity", const=1, help="more of what is done")
 

@@ -4,19 +4,23 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.errors import LdmError, OutOfMemory
+from ldm.generation.events import Tell, telling
 from ldm.generation.finish import Finished, Finisher
 from ldm.generation.noise import NoiseSource
 from ldm.generation.options import RunOptions
-from ldm.generation.pipeline import Picture, Pipeline
+from ldm.generation.pipeline import OnStep, Picture, Pipeline
+from ldm.generation.preview import Preview, fit_colours
 from ldm.generation.record import OF_A_PICTURE, Recorder, Replay
 from ldm.generation.request import Request
 from ldm.image.grid import GridWriter
@@ -66,7 +70,7 @@ def settings(request: Request) -> Request:
 class Run:
     """Draws batches and writes pictures, grids and their metadata under the output folder.
 
-    `saved` is called with the path of each file as soon as it is there.
+    `tell` is called with each event (ldm.generation.events): `saved` for a file as soon as it is there.
     """
 
     def __init__(
@@ -75,13 +79,13 @@ class Run:
         options: RunOptions,
         finish: Finisher,
         recorder: Recorder,
-        saved: Callable[[Path], None],
+        tell: Tell,
     ):
         self.pipeline = pipeline
         self.options = options
         self.finish = finish
         self.recorder = recorder
-        self.saved = saved
+        self.tell = tell
         self.noise = NoiseSource(pipeline.model.device)
 
     def draw(self, requests: Sequence[Request]) -> Summary:
@@ -90,19 +94,18 @@ class Run:
 
         def save_grid(canvas: Image.Image) -> Path:
             path = outdir.grids.save(self.finish.mark(canvas)[0])
-            self.saved(path)
+            self.tell("saved", path=path, kind="grid")
             return path
 
         def keep(made: Finished, info: PngInfo) -> None:
             if not self.options.skip_save:
-                self.saved(outdir.samples.save(made.image, info))
+                self._saved(outdir.samples.save(made.image, info), made)
             if not self.options.skip_grid:
                 grids.add(made.unmarked)
 
         grids = GridWriter(save_grid, self.options.n_rows or self.options.batch_size)
-        summary = self._draw(batches(requests, self.options.batch_size, self.options.n_iter), keep)
-        grids.close()
-        return summary
+        plan = batches(requests, self.options.batch_size, self.options.n_iter)
+        return self._draw(plan, keep, at_the_end=grids.close)
 
     def draw_files(self, names: Mapping[Request, str]) -> Summary:
         """Draw each request into the output folder, under the name that it is given."""
@@ -111,7 +114,7 @@ class Run:
         def keep(made: Finished, info: PngInfo) -> None:
             path = folder / names[made.request]
             if not path.exists():  # else another run has made it in the meantime
-                self.saved(write_png(path, made.image, info))
+                self._saved(write_png(path, made.image, info), made)
 
         return self._draw(([request] for request in names), keep)
 
@@ -121,11 +124,39 @@ class Run:
         if replay.noise:
             self.noise.of(replay.requests).repeat(replay.noise)
         return self._draw(
-            [replay.requests], lambda made, info: self.saved(outdir.samples.save(made.image, info)), replay.index
+            [replay.requests], lambda made, info: self._saved(outdir.samples.save(made.image, info), made), replay.index
         )
 
+    def _saved(self, path: Path, made: Finished) -> None:
+        self.tell("saved", path=path, kind="picture", **asked(made.request))
+
+    def _watch(self, bar: tqdm, preview: Preview | None, batch: int, steps: int) -> OnStep:
+        """What is done after each step of a batch."""
+        numbers = count(1)
+
+        def on_step(x: Tensor, x0: Tensor) -> None:
+            step = next(numbers)
+            bar.update()
+            self.tell("step", batch=batch, step=step, of=steps)
+            if preview:
+                preview(step, x0)
+
+        return on_step
+
+    def _preview(self) -> Preview | None:
+        """The preview that the options ask for."""
+        if not self.options.preview:
+            return None
+        model, geometry = self.pipeline.model, self.pipeline.geometry
+        path = Path(self.options.outdir) / "preview.png"
+        return Preview(path, self.options.preview, lambda: fit_colours(model, geometry), geometry.factor)
+
     def _draw(
-        self, plan: Iterable[Sequence[Request]], keep: Callable[[Finished, PngInfo], None], only: int | None = None
+        self,
+        plan: Iterable[Sequence[Request]],
+        keep: Callable[[Finished, PngInfo], None],
+        only: int | None = None,
+        at_the_end: Callable[[], None] = lambda: None,
     ) -> Summary:
         """Draw batch after batch and `keep` their pictures, or the one at index `only`.
 
@@ -135,20 +166,32 @@ class Run:
         plan, summary = list(plan), Summary()
         for request in dict.fromkeys(chain.from_iterable(plan)):
             self.pipeline.check(request)
-        steps = sum(len(self.pipeline.path(batch[0]).levels) - 1 for batch in plan)
+        steps = [len(self.pipeline.path(batch[0]).levels) - 1 for batch in plan]
+        total = sum(len(batch) for batch in plan) if only is None else 1
+        preview = self._preview()
         wordy = logger.isEnabledFor(logging.INFO)
         # With None there is no bar where stderr is no terminal.
-        with tqdm(total=steps, unit="step", disable=None if wordy else True) as bar, logging_redirect_tqdm():
-            for batch in plan:
+        with (
+            telling(self.tell, summary, pictures=total, batches=len(plan), steps=sum(steps),
+                    outdir=self.options.outdir),
+            tqdm(total=sum(steps), unit="step", disable=None if wordy else True) as bar,
+            logging_redirect_tqdm(),
+        ):
+            for number, (batch, walk) in enumerate(zip(plan, steps, strict=True), 1):
                 wanted = range(len(batch)) if only is None else [only]
                 noise = self.noise.of(batch)
                 before = deepcopy(noise.history)
+                self.tell("batch", batch=number, of=len(plan), steps=walk, pictures=[asked(batch[i]) for i in wanted])
+                logger.debug("batch %d of %d: %d pictures, %s, %d steps, seed %d", number, len(plan), len(batch),
+                             batch[0].sampler, walk, batch[0].seed)
                 try:
-                    pictures = self.pipeline.generate(batch, noise, lambda x: bar.update())
+                    pictures = self.pipeline.generate(batch, noise, self._watch(bar, preview, number, walk))
                 except OutOfMemory:
                     raise
                 except LdmError as error:
                     logger.error("%s: %s", describe(batch[0]), error)
+                    for index in wanted:
+                        self.tell("failed", error=str(error), **asked(batch[index]))
                     summary.failed += len(wanted)
                     continue
                 for index in wanted:
@@ -158,10 +201,17 @@ class Run:
                         summary.made += 1
                     else:
                         logger.error("%s: %s", describe(batch[index]), pictures[index])
+                        self.tell("failed", error=str(pictures[index]), **asked(batch[index]))
                         summary.failed += 1
+            at_the_end()
         return summary
 
 
 def describe(request: Request) -> str:
     """A request in a few words, for a message."""
     return repr(request.prompt) if request.prompt else request.init_img or "a picture"
+
+
+def asked(request: Request) -> dict[str, Any]:
+    """What tells a request from the others of its batch, for an event."""
+    return {name: getattr(request, name) for name in OF_A_PICTURE}

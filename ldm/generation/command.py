@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import pick
+from ldm.generation.events import Tell, as_json, as_path
 from ldm.generation.options import ModelOptions, RunOptions
 from ldm.generation.request import Request, read_prompts
 
@@ -32,18 +33,29 @@ def execute(main: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-def show(path: Path) -> None:
-    """Print the path of a file that is there. A reader that has gone away (`| head -1`) stops no picture."""
+def teller(args: Namespace) -> Tell:
+    """What tells on stdout how a run goes on: the paths of the files, or with --json every event."""
+    line = as_json if args.json else as_path
+
+    def tell(event: str, **facts: Any) -> None:
+        if text := line(event, facts):
+            show(text)
+
+    return tell
+
+
+def show(line: str) -> None:
+    """Print a line. A reader that has gone away (`| head -1`) stops no picture."""
     from tqdm import tqdm
 
     if sys.stdout is None:  # closed by the shell, with >&-
         return
     try:
         with tqdm.external_write_mode():  # above the progress bar
-            sys.stdout.write(f"{path}\n")
+            sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
     except OSError as error:
-        logger.warning("cannot print the paths any more (%s); the pictures are written all the same", error.strerror)
+        logger.warning("cannot print any more (%s); the pictures are written all the same", error.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -69,7 +81,7 @@ def draw(args: Namespace, requests: Sequence[Request]) -> int:
 
     chosen = choose(model)
     chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
-    return open_run(requests, model, run, show, chosen).draw(requests).exit_code
+    return open_run(requests, model, run, teller(args), chosen).draw(requests).exit_code
 
 
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
@@ -84,7 +96,7 @@ def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
 
     from ldm.generation.loading import choose, open_run
 
-    return open_run(list(missing), model, run, show, choose(model)).draw_files(missing).exit_code
+    return open_run(list(missing), model, run, teller(args), choose(model)).draw_files(missing).exit_code
 
 
 def mask_pairs(folder: str) -> list[tuple[Path, Path]]:
@@ -112,7 +124,7 @@ def replay(args: Namespace) -> int:
     logger.info("%s was made with %s (sha256 %s)", args.replay, recorded.checkpoint, recorded.sha256[:10])
     how = recorded.how | recall(recorded.how)
     model, run = prefer(pick(ModelOptions, args), how), prefer(pick(RunOptions, args), how)
-    ready = open_run(recorded.requests, model, run, show, choose(model))
+    ready = open_run(recorded.requests, model, run, teller(args), choose(model))
     if ready.recorder.sha256 != recorded.sha256:
         logger.warning("%s is another checkpoint: the picture will differ", model.ckpt)
     then, now = recorded.how, ready.recorder.how

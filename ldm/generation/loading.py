@@ -1,7 +1,7 @@
 """From options to a run that is ready to draw: what can be checked is checked before a weight is read."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError
 from ldm.generation.adapters import read_adapters
 from ldm.generation.batch import Run
+from ldm.generation.events import Tell
 from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
 from ldm.generation.inputs import read_inputs
@@ -68,7 +69,7 @@ def shipped_config(checkpoint: Path) -> str:
 
 
 def open_run(
-    requests: Sequence[Request], model: ModelOptions, options: RunOptions, saved: Callable[[Path], None], chosen: Chosen
+    requests: Sequence[Request], model: ModelOptions, options: RunOptions, tell: Tell, chosen: Chosen
 ) -> Run:
     """Check each request against the model's sizes, its input pictures and the output folder, then load the model.
 
@@ -81,6 +82,7 @@ def open_run(
     adapters = read_adapters(model)
     finish = Finisher(options)
     precision = pick_precision(model.precision, device)
+    logger.debug("%s, built as %s says, on %s in %s precision", chosen.checkpoint, chosen.config, device, precision)
     with as_out_of_memory(f"{device} has no room for {chosen.checkpoint}: try --precision bf16"):
         loaded = load_model(
             chosen.config, chosen.checkpoint, device=device, dtype=DTYPES[precision], use_ema=model.use_ema
@@ -95,4 +97,4 @@ def open_run(
         **adapters.told,
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
-    return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, finish, recorder, saved)
+    return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, finish, recorder, tell)

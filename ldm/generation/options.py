@@ -42,6 +42,7 @@ class RunOptions:
 
     batch_size: pictures sampled together. n_iter: how often the whole list of requests is gone through.
     n_rows: pictures in a row of the grid, 0 for the batch size. watermark: the text to embed, "" for none.
+    preview: steps from one preview to the next, 0 for none.
     """
 
     outdir: str = "outputs"
@@ -52,10 +53,11 @@ class RunOptions:
     skip_save: bool = False
     watermark: str = WATERMARK
     safety: str = "auto"
+    preview: int = 0
 
     def __post_init__(self) -> None:
         check_choice("safety", self.safety, SAFETY_ACTIONS)
-        for name, low in (("batch_size", 1), ("n_iter", 1), ("n_rows", 0)):
+        for name, low in (("batch_size", 1), ("n_iter", 1), ("n_rows", 0), ("preview", 0)):
             if getattr(self, name) < low:
                 spelled = "the pictures in a batch" if name == "batch_size" else name
                 raise RequestError(f"{spelled} must be at least {low}, got {getattr(self, name)}")

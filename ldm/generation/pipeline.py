@@ -19,6 +19,8 @@ from ldm.image.io import to_image
 from ldm.memory import as_out_of_memory, autocast
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
+OnStep = Callable[[Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -45,9 +47,10 @@ class Pipeline:
 
     @torch.inference_mode()
     def generate(
-        self, batch: Sequence[Request], draw: Noise, on_step: Callable[[Tensor], None] = lambda x: None
+        self, batch: Sequence[Request], draw: Noise, on_step: OnStep = lambda x, x0: None
     ) -> list[Picture | NumericalError]:
-        """Sample and decode a batch; `on_step` is called with the latents (b, c, h, w) after each step.
+        """Sample and decode a batch; after each step `on_step` is called with the latents (b, c, h, w), and with
+        what the last evaluation of the network took for the clean ones.
 
         A picture that came to nothing but NaN or infinity is an error in its place. Raises RequestError, OutOfMemory.
         """
@@ -85,7 +88,7 @@ class Pipeline:
         mask: Tensor | None,
         size: tuple[int, int],
         draw: Noise,
-        on_step: Callable[[Tensor], None],
+        on_step: OnStep,
     ) -> Tensor:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
@@ -105,11 +108,19 @@ class Pipeline:
         if request.sampler == "dpm_solver":
             options |= {"order": request.solver_order, "method": request.solver_method}
         sampler = sampling.SAMPLERS[request.sampler]
-        moves = sampler(denoise, x, levels, self.schedule, **options)
+        x0 = x
+
+        def look(x: Tensor, level: sampling.Level) -> sampling.Prediction:
+            nonlocal x0
+            seen = denoise(x, level)
+            x0 = seen.x0
+            return seen
+
+        moves = sampler(look, x, levels, self.schedule, **options)
         for step, (x, level) in enumerate(zip(moves, levels[1:], strict=True), 1):
             if blending and level is not levels[-1]:
                 x.copy_(stages.blend(clean, x, keep, level, draw(x)))
-            on_step(x)
+            on_step(x, x0)
             if now := told.later.get(step):
                 denoise.predict = sampling.guide(model.apply_model, now.positive, now.negative, request.scale)
         return x

@@ -52,7 +52,7 @@ def network(plain, monkeypatch):
     return network
 
 
-def draw(pipeline, *batch, on_step=lambda x: None):
+def draw(pipeline, *batch, on_step=lambda x, x0: None):
     return pipeline.generate(batch, NoiseSource(torch.device("cpu")).of(batch), on_step)
 
 
@@ -104,7 +104,7 @@ def test_each_distinct_text_is_encoded_once(plain, network, monkeypatch):
 def test_a_step_stays_with_its_text_however_often_it_asks(plain, network, sampler):
     marks = []
     request = replace(BASE, prompt="[fox|hare|owl|hill]", sampler=sampler)
-    draw(plain, request, on_step=lambda x: marks.append(len(network.calls)))
+    draw(plain, request, on_step=lambda x, x0: marks.append(len(network.calls)))
     assert len(marks) == 4
     for text, start, end in zip(["fox", "hare", "owl", "hill"], [0, *marks], marks):
         assert end > start
@@ -158,7 +158,7 @@ def test_one_text_for_all_steps_draws_what_the_samplers_draw_without_it(plain):
     with torch.inference_mode():
         *_, want = sampling.SAMPLERS["ddim"](denoise, x, levels, plain.schedule)
     latents = []
-    draw(plain, request, on_step=lambda x: latents.append(x.clone()))
+    draw(plain, request, on_step=lambda x, x0: latents.append(x.clone()))
     assert latents[-1].equal(want)
 
 
