@@ -10,22 +10,27 @@ Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memor
 import sys
 
 from ldm.generation import arguments
-from ldm.generation.command import draw, execute, replay, texts
-from ldm.generation.request import Request
+from ldm.generation.command import draw, execute, replay, rows
 
 
-def parse(argv: list[str] | None = None):
-    parser = arguments.Parser(__doc__)
+def add_request(parser: arguments.Parser) -> None:
+    """The options that say what one picture is: those that a row of --from-file may have."""
     arguments.add_prompts(parser, "a painting of a virus monster playing guitar")
     arguments.add_picture(parser, strength=0.75)
     arguments.add_sampling(parser, sampler="ddim", scale=5.0)
     arguments.add_size(parser)
+
+
+def parse(argv: list[str] | None = None):
+    parser = arguments.Parser(__doc__)
+    add_request(parser)
+    arguments.add_rows(parser)
     arguments.add_latents(parser)
     arguments.add_model(parser)
     arguments.add_output(parser, "outputs/img2img-samples", n_iter=1, batch_size=2)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
-    if not (args.init_img or args.replay):
+    if not (args.init_img or args.from_file or args.replay):
         parser.error("name the picture to start from with --init-img FILE")
     return args
 
@@ -34,7 +39,7 @@ def main() -> int:
     args = parse()
     if args.replay:
         return replay(args)
-    return draw(args, [arguments.pick(Request, args, prompt=prompt) for prompt in texts(args)])
+    return draw(args, rows(args, add_request, ["init_img"]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from ldm.generation import arguments
 from ldm.generation.command import draw, execute, replay
 from ldm.generation.request import MAX_STEPS, Request
+from ldm.generation.rows import Row
 
 CHECKPOINTS = ("model.ckpt", "last.ckpt", "checkpoints/last.ckpt", "model.safetensors")
 
@@ -65,7 +66,7 @@ def main() -> int:
     if args.replay:
         return replay(args)
     wanted = [label for label in args.classes for _ in range(args.count)]
-    return draw(args, [arguments.pick(Request, args, class_label=label) for label in wanted])
+    return draw(args, [Row(arguments.pick(Request, args, class_label=label)) for label in wanted])
 
 
 if __name__ == "__main__":

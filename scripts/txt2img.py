@@ -9,8 +9,7 @@ Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memor
 import sys
 
 from ldm.generation import arguments
-from ldm.generation.command import draw, execute, replay, texts
-from ldm.generation.request import Request
+from ldm.generation.command import draw, execute, replay, rows
 
 LAION_400M = {
     "config": "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
@@ -19,11 +18,17 @@ LAION_400M = {
 }
 
 
-def parse(argv: list[str] | None = None):
-    parser = arguments.Parser(__doc__)
+def add_request(parser: arguments.Parser) -> None:
+    """The options that say what one picture is: those that a row of --from-file may have."""
     arguments.add_prompts(parser, "a painting of a virus monster playing guitar")
     arguments.add_sampling(parser, sampler="plms", scale=7.5)
     arguments.add_size(parser)
+
+
+def parse(argv: list[str] | None = None):
+    parser = arguments.Parser(__doc__)
+    add_request(parser)
+    arguments.add_rows(parser)
     arguments.add_latents(parser)
     arguments.add_model(parser)
     parser.add_argument("--laion400m", action="store_true", help="take the LAION-400M model at its usual place")
@@ -39,7 +44,7 @@ def main() -> int:
     args = parse()
     if args.replay:
         return replay(args)
-    return draw(args, [arguments.pick(Request, args, prompt=prompt) for prompt in texts(args)])
+    return draw(args, rows(args, add_request))
 
 
 if __name__ == "__main__":

@@ -50,12 +50,21 @@ def add_prompts(parser: Parser, prompt: str) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument("--prompt", default=prompt, metavar="TEXT", help="the prompt (default: %(default)s)")
     group.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to steer away from")
-    group.add_argument("--from-file", metavar="FILE", help="draw each line of a UTF-8 file instead of --prompt")
     group.add_argument("--long_prompt", choices=LONG_PROMPTS, default=Request.long_prompt,
                        help="a prompt past 77 tokens is cut, or encoded in chunks of 75 (default: %(default)s)")
-    group.add_argument("--prompt_weights", action="store_true",
+    group.add_argument("--prompt_weights", action=argparse.BooleanOptionalAction, default=Request.prompt_weights,
                        help="read brackets in prompts: (more) [less] (words:1.3), and from step to step [from:to:0.4] "
                        "[a|b]; without it they are text like any other")
+
+
+def add_rows(parser: Parser) -> None:
+    """For a script whose options above this group may also stand in the rows of a file."""
+    group = parser.add_argument_group("many prompts")
+    group.add_argument("--from-file", metavar="FILE",
+                       help="draw each row of a UTF-8 file instead of --prompt: .txt has a prompt a line, with options "
+                       "behind it where they differ (a fox --seed 7); .jsonl and .csv have the long names of options "
+                       "as keys; - is standard input, drawn as its lines arrive. {red,blue} in a prompt makes a row of "
+                       "each")
 
 
 def add_sampling(
@@ -88,7 +97,8 @@ def add_sampling(
     group.add_argument("--seed_mode", choices=SEED_MODES, default=Request.seed_mode,
                        help="run: one noise a batch on the sampling device, as CompVis; image: seed, seed+1, ... "
                        "drawn on the CPU, the same on any device and at any batch size (default: %(default)s)")
-    group.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise")
+    group.add_argument("--fixed_code", action=argparse.BooleanOptionalAction, default=Request.fixed_code,
+                       help="start every batch from the same noise")
 
 
 def add_size(parser: Parser) -> None:

@@ -23,6 +23,7 @@ from ldm.generation.pipeline import OnStep, Picture, Pipeline
 from ldm.generation.preview import Preview, fit_colours
 from ldm.generation.record import OF_A_PICTURE, Recorder, Replay
 from ldm.generation.request import Request
+from ldm.generation.rows import Row
 from ldm.image.grid import GridWriter
 from ldm.image.io import Outdir, check_outdir, write_png
 
@@ -41,19 +42,23 @@ class Summary:
         return 1 if self.failed else 0
 
 
-def batches(requests: Sequence[Request], batch_size: int, n_iter: int) -> Iterator[list[Request]]:
-    """Go n_iter times through the requests, in batches of neighbours whose settings are the same.
+def batches(rows: Sequence[Row], batch_size: int, n_iter: int) -> Iterator[list[Request]]:
+    """Go n_iter times through the rows, in batches of neighbours whose settings are the same.
 
-    With seed_mode "image" the k-th picture of the run gets seed + k.
+    With seed_mode "image" the k-th picture of the run gets seed + k, and a row with a seed of its own that, and in
+    the rounds after the first the next ones.
     """
     made = 0
-    for _ in range(n_iter):
+    for number in range(n_iter):
         batch: list[Request] = []
-        for request in requests:
+        for row in rows:
+            request = row.request
             if batch and (len(batch) == batch_size or settings(request) != settings(batch[0])):
                 yield batch
                 batch = []
-            batch.append(replace(request, seed=request.seed + made) if request.seed_mode == "image" else request)
+            if request.seed_mode == "image":
+                request = replace(request, seed=request.seed + (number if row.seeded else made))
+            batch.append(request)
             made += 1
         if batch:
             yield batch
@@ -88,8 +93,8 @@ class Run:
         self.tell = tell
         self.noise = NoiseSource(pipeline.model.device)
 
-    def draw(self, requests: Sequence[Request]) -> Summary:
-        """Draw every request into samples/, and the pictures of the run into a grid."""
+    def draw(self, rows: Sequence[Row]) -> Summary:
+        """Draw every row into samples/, and the pictures of the run into a grid."""
         outdir = Outdir(self.options.outdir)
 
         def save_grid(canvas: Image.Image) -> Path:
@@ -104,7 +109,7 @@ class Run:
                 grids.add(made.unmarked)
 
         grids = GridWriter(save_grid, self.options.n_rows or self.options.batch_size)
-        plan = batches(requests, self.options.batch_size, self.options.n_iter)
+        plan = batches(rows, self.options.batch_size, self.options.n_iter)
         return self._draw(plan, keep, at_the_end=grids.close)
 
     def draw_files(self, names: Mapping[Request, str]) -> Summary:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import LdmError, RequestError
-from ldm.generation.arguments import pick
+from ldm.generation.arguments import Parser, pick
 from ldm.generation.events import Tell, as_json, as_path
 from ldm.generation.options import ModelOptions, RunOptions
-from ldm.generation.request import Request, read_prompts
+from ldm.generation.request import Request
+from ldm.generation.rows import Row, read_rows, row_parser
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +68,29 @@ def set_up(args: Namespace) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def texts(args: Namespace) -> list[str]:
-    """The prompts of the file, or as many copies of the one prompt as there are pictures in a batch."""
-    return read_prompts(args.from_file) if args.from_file else [args.prompt] * args.batch_size
+def rows(args: Namespace, add_options: Callable[[Parser], None], needs: Sequence[str] = ()) -> list[Row]:
+    """The rows of the file, or as many copies of the one prompt as there are pictures in a batch.
+
+    A row of the file may have the options of `add_options`; `needs` are those that it cannot do without.
+    """
+    if not args.from_file:
+        return [Row(pick(Request, args))] * args.batch_size
+    return read_rows(args.from_file, row_parser(add_options, args, needs))
 
 
-def draw(args: Namespace, requests: Sequence[Request]) -> int:
-    """Draw the requests with the model that the options name, print the path of each file, and give the exit code."""
+def draw(args: Namespace, rows: Sequence[Row]) -> int:
+    """Draw the rows with the model that the options name, print the path of each file, and give the exit code."""
     set_up(args)
+    lines = len({row.place for row in rows if row.place})
+    if 0 < lines < len(rows):
+        logger.info("%s: with braces, %d lines are %d prompts", args.from_file, lines, len(rows))
     model, run = pick(ModelOptions, args), pick(RunOptions, args)
 
     from ldm.generation.loading import choose, open_run
 
     chosen = choose(model)
     chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
-    return open_run(requests, model, run, teller(args), chosen).draw(requests).exit_code
+    return open_run(rows, model, run, teller(args), chosen).draw(rows).exit_code
 
 
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
@@ -96,7 +105,7 @@ def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
 
     from ldm.generation.loading import choose, open_run
 
-    return open_run(list(missing), model, run, teller(args), choose(model)).draw_files(missing).exit_code
+    return open_run(list(map(Row, missing)), model, run, teller(args), choose(model)).draw_files(missing).exit_code
 
 
 def mask_pairs(folder: str) -> list[tuple[Path, Path]]:
@@ -124,7 +133,7 @@ def replay(args: Namespace) -> int:
     logger.info("%s was made with %s (sha256 %s)", args.replay, recorded.checkpoint, recorded.sha256[:10])
     how = recorded.how | recall(recorded.how)
     model, run = prefer(pick(ModelOptions, args), how), prefer(pick(RunOptions, args), how)
-    ready = open_run(recorded.requests, model, run, teller(args), choose(model))
+    ready = open_run(list(map(Row, recorded.requests)), model, run, teller(args), choose(model))
     if ready.recorder.sha256 != recorded.sha256:
         logger.warning("%s is another checkpoint: the picture will differ", model.ckpt)
     then, now = recorded.how, ready.recorder.how

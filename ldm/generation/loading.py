@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.config import load_config, model_section
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, RequestError
 from ldm.generation.adapters import read_adapters
 from ldm.generation.batch import Run
 from ldm.generation.events import Tell
@@ -20,7 +20,7 @@ from ldm.generation.inputs import read_inputs
 from ldm.generation.options import ModelOptions, RunOptions, find
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
-from ldm.generation.request import Request
+from ldm.generation.rows import Row
 from ldm.image.io import check_outdir
 from ldm.memory import DTYPES, as_out_of_memory, pick_device, pick_precision, place
 from ldm.models.load import load_model
@@ -68,16 +68,29 @@ def shipped_config(checkpoint: Path) -> str:
     return family.config
 
 
+def check_rows(rows: Sequence[Row], geometry: Geometry) -> None:
+    """Raise RequestError that lists every row whose size or pictures this model cannot take."""
+    errors = []
+    for row in dict.fromkeys(rows):
+        try:
+            read_inputs(row.request, geometry)
+        except RequestError as error:
+            if not row.place:
+                raise
+            errors.append(f"{row.place}: {error}")
+    if errors:
+        raise RequestError("\n".join(errors))
+
+
 def open_run(
-    requests: Sequence[Request], model: ModelOptions, options: RunOptions, tell: Tell, chosen: Chosen
+    rows: Sequence[Row], model: ModelOptions, options: RunOptions, tell: Tell, chosen: Chosen
 ) -> Run:
-    """Check each request against the model's sizes, its input pictures and the output folder, then load the model.
+    """Check each row against the model's sizes, its input pictures and the output folder, then load the model.
 
     Raises RequestError, ModelError, OutOfMemory.
     """
     device = pick_device(model.device)
-    for request in dict.fromkeys(requests):
-        read_inputs(request, chosen.geometry)
+    check_rows(rows, chosen.geometry)
     check_outdir(options.outdir)
     adapters = read_adapters(model)
     finish = Finisher(options)

@@ -102,11 +102,11 @@ def check_side(name: str, value: int, step: int) -> None:
         raise RequestError(f"{name} must be a positive multiple of {step}, got {value}; try {near}")
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line, blank lines skipped. Raises RequestError."""
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file. Raises RequestError where it cannot be read."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise RequestError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
@@ -114,7 +114,3 @@ def read_prompts(path: str | Path) -> list[str]:
         raise RequestError(f"there is no prompt file {path}") from error
     except OSError as error:
         raise RequestError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise RequestError(f"{path} has no prompts in it; write one on each line")
-    return prompts

@@ -12,6 +12,7 @@ from ldm.generation import arguments
 from ldm.generation.command import draw
 from ldm.generation.events import as_json, as_path, telling
 from ldm.generation.request import Request
+from ldm.generation.rows import Row
 
 
 @dataclass
@@ -57,7 +58,7 @@ def told(capsys, model, outdir, *options) -> tuple[list[str], str]:
     arguments.add_output(parser, str(outdir), n_iter=1, batch_size=2)
     args = parser.parse_args(["--ckpt", str(model), "--steps", "3", "--H", "32", "--W", "32", "--device", "cpu",
                               "--watermark", "off", *options])
-    args.code = draw(args, [arguments.pick(Request, args)] * 2)
+    args.code = draw(args, [Row(arguments.pick(Request, args))] * 2)
     out, err = capsys.readouterr()
     return out.splitlines(), err
 

@@ -5,7 +5,7 @@ import pytest
 
 from ldm import sampling
 from ldm.errors import RequestError
-from ldm.generation.request import ETA_SAMPLERS, SAMPLERS, SCHEDULES, Request, check_side, read_prompts
+from ldm.generation.request import ETA_SAMPLERS, SAMPLERS, SCHEDULES, Request, check_side
 
 
 @pytest.mark.parametrize(
@@ -54,23 +54,3 @@ def test_a_record_with_settings_of_another_version_is_refused_by_name():
 def test_a_side_that_cannot_be_halved_evenly_names_the_nearest_that_can(value, near):
     with pytest.raises(RequestError, match=f"W must be a positive multiple of 64, got {value}; try {near}"):
         check_side("W", value, 64)
-
-
-def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa fox\r\n\r\n   \nein Mädchen \n東京\n".encode())
-    assert read_prompts(path) == ["a fox", "ein Mädchen", "東京"]
-
-
-def test_a_prompt_file_that_cannot_be_used_says_why(tmp_path):
-    path = tmp_path / "prompts.txt"
-    with pytest.raises(RequestError, match="there is no prompt file"):
-        read_prompts(path)
-    path.write_bytes(b"fine\n\xff\xfe\n")
-    with pytest.raises(RequestError, match=r"not UTF-8 \(line 2\)"):
-        read_prompts(path)
-    path.write_text("\n \n")
-    with pytest.raises(RequestError, match="has no prompts"):
-        read_prompts(path)
-    with pytest.raises(RequestError, match="cannot read the prompt file"):
-        read_prompts(tmp_path)
