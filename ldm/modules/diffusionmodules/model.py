@@ -1,9 +1,11 @@
 """Encoder and decoder of the autoencoders (Esser et al. 2021): residual blocks, one attention layer in the middle.
 
-`nonlinearity` is looked up in this module at each call, because public code rebinds it here.
+`nonlinearity` is looked up in this module at each call, because public code rebinds it here. Large pictures go through
+the layers in bands of rows (`ldm.modules.bands`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import LinearAttention
 from ldm.modules.attention_ops import attention
+from ldm.modules.bands import NormOf, in_bands
 from ldm.modules.diffusionmodules.util import regroup
 
 
@@ -32,6 +35,9 @@ class Upsample(nn.Module):
             self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_bands(self._double, x, zoom=2.0)
+
+    def _double(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
 
@@ -46,6 +52,9 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(in_channels, in_channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        return in_bands(self._halve, x, zoom=0.5)
+
+    def _halve(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)
 
 
@@ -83,10 +92,14 @@ class ResnetBlock(nn.Module):
                 self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(nonlinearity(self.norm1(x)))
+        norm = NormOf(self.norm1, x)
+        h = in_bands(lambda x: self.conv1(nonlinearity(norm(x))), x)
         if temb is not None:
             h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
+        return in_bands(partial(self._second_half, NormOf(self.norm2, h)), x, h)
+
+    def _second_half(self, norm: Callable[[Tensor], Tensor], x: Tensor, h: Tensor) -> Tensor:
+        h = self.conv2(self.dropout(nonlinearity(norm(h))))
         if self.in_channels != self.out_channels:
             x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
         return x + h
@@ -215,7 +228,8 @@ class Encoder(nn.Module):
             if i < self.num_resolutions - 1:
                 h = level.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(nonlinearity(self.norm_out(h)))
+        norm = NormOf(self.norm_out, h)
+        return in_bands(lambda h: self.conv_out(nonlinearity(norm(h))), h)
 
 
 class Decoder(nn.Module):
@@ -281,5 +295,6 @@ class Decoder(nn.Module):
                 h = level.upsample(h)
         if self.give_pre_end:
             return h
-        h = self.conv_out(nonlinearity(self.norm_out(h)))
+        norm = NormOf(self.norm_out, h)
+        h = in_bands(lambda h: self.conv_out(nonlinearity(norm(h))), h)
         return torch.tanh(h) if self.tanh_out else h
