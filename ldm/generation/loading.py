@@ -46,8 +46,8 @@ def choose(options: ModelOptions) -> Chosen:
     checkpoint = find(options.ckpt)
     if not checkpoint.exists() and options.ckpt == ModelOptions.ckpt:
         raise CheckpointError(
-            f"there is no checkpoint at {options.ckpt}: put a Stable Diffusion v1 file there (sd-v1-4.ckpt of "
-            "huggingface.co/CompVis/stable-diffusion-v-1-4-original, say), or name yours with --ckpt FILE"
+            f"there is no checkpoint at {options.ckpt}: put a Stable Diffusion v1 file there, have one fetched with "
+            "python scripts/fetch_model.py v1.4, or name yours with --ckpt FILE"
         )
     config = find(options.config or shipped_config(checkpoint))
     section = model_section(load_config(config), config)
