@@ -4,9 +4,9 @@
   python scripts/convert.py model.ckpt model/ --config configs/stable-diffusion/v1-inference.yaml
   python scripts/convert.py model/ model.ckpt
 
-Prints the path. The form is that of the target's ending; without one it is a folder. Nothing is lost on the way: what
+Prints the path. The form is that of the target's ending; without one it is a folder. No weight is lost on the way: what
 has no place in a folder goes into its ldm_rest.safetensors. Only a folder that another program wrote holds less; what
-the model does not use is then written as zeros, and this is said.
+the model does not use is then written as zeros, and this is said. What training left beside the weights is not kept.
 Exit codes: 0 written, 1 it could not be written, 2 wrong usage, 3 the checkpoint cannot be read.
 """
 

@@ -433,6 +433,25 @@ def test_a_part_of_another_kind_is_named(saved, tmp_path):
     assert "is a FluxTransformer2DModel; what can be read is a UNet2DConditionModel" in refusal(folder)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_names_that_no_model_has_are_kept_as_they_are_and_cost_no_time(part, saved, tmp_path):
+    folder = broken(saved, tmp_path)
+    (file,) = (folder / part).glob("*.safetensors")
+    strange = ["a/b", "c/7", f"down_blocks.{10**30}.resnets.0.conv1.weight", f"up_blocks.{'9' * 5000}.x", "",
+               "text_model.encoder.layers.0.self_attn.q_proj.weight/5", "decoder.up_blocks.\u0664.x"]
+    save_file(load_file(file) | {name: torch.ones(2) for name in strange}, file)
+    extra = read_checkpoint(folder).keys() - read_checkpoint(saved / "plain").keys()
+    assert len(extra) == len(strange)
+
+
+@pytest.mark.parametrize("gone", ["final_layer_norm.weight", "0.self_attn.q_proj.weight", "layers.0.mlp.fc1.bias"])
+def test_a_text_encoder_that_lacks_weights_is_opened_and_left_to_the_loader(gone, towers, tmp_path):
+    folder = broken(towers[0].parent, tmp_path, "folder")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    save_file({key: weight for key, weight in load_file(file).items() if not key.endswith(gone)}, file)
+    assert open_checkpoint(folder).outline
+
+
 def test_an_index_that_is_no_json_is_an_error(saved, tmp_path):
     folder = broken(saved, tmp_path)
     for content in ("{", "[1]", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")):
@@ -445,6 +464,8 @@ def test_an_index_that_is_no_json_is_an_error(saved, tmp_path):
     ("unet", {"attention_head_dim": [2, 3, 4]}, "of one number or of one width"),
     ("unet", {"block_out_channels": None}, "describe no model"),
     ("vae", {"latent_channels": "four"}, "describe no model"),
+    ("vae", {"block_out_channels": []}, "describe no model"),
+    ("unet", {"attention_head_dim": [4, 4]}, "describe no model"),
 ])
 def test_configs_of_another_kind_of_model_are_told(file, change, said, saved, tmp_path):
     folder = broken(saved, tmp_path)

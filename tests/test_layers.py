@@ -14,11 +14,11 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 LAYERS = {
     "ldm": 0, "ldm.util": 0, "ldm.errors": 0,
     "ldm.config": 1, "ldm.prompt": 1, "ldm.checkpoint": 1, "ldm.lr_scheduler": 1,
-    "ldm.image": 1, "ldm.sampling": 1, "ldm.data": 1,
+    "ldm.image": 1, "ldm.sampling": 1, "ldm.data": 1, "ldm.download": 1,
     "ldm.modules": 2,
     "ldm.models": 3,
     "ldm.adapters": 4, "ldm.memory": 4, "ldm.safety": 4,
-    "ldm.generation": 5, "ldm.training": 5, "ldm.evaluation": 5,
+    "ldm.generation": 5, "ldm.training": 5, "ldm.evaluation": 5, "ldm.doctor": 5,
     "ldm.web": 6,
 }  # fmt: skip
 HEAVY = ("torch", "numpy", "transformers", "omegaconf", "PIL", "tqdm", "pytorch_lightning", "cv2")

@@ -88,7 +88,7 @@ def unet_names(keys: Collection[str]) -> Names:
     else:
         halvings = found(keys, r"input_blocks\.(\d+)\.0\.op\.")
         levels = 1 + len(halvings)
-        blocks = min(halvings, default=len(found(keys, r"input_blocks\.(\d+)\."))) - 1
+        blocks = max(0, min(halvings, default=len(found(keys, r"input_blocks\.(\d+)\."))) - 1)
         attended = {place // (blocks + 1) for place in found(keys, r"output_blocks\.(\d+)\.1\.norm\.")}
     names = [*UNET, *under(RESNET, "middle_block.0.", "mid_block.resnets.0."),
              *under(RESNET, "middle_block.2.", "mid_block.resnets.1.")]
@@ -144,8 +144,8 @@ NAMES: dict[str, Callable[[Collection[str]], Names]] = {"unet": unet_names, "vae
 
 
 def found(keys: Collection[str], pattern: str) -> set[int]:
-    """The numbers that stand in the keys where the pattern has its group."""
-    return {int(match[1]) for match in map(re.compile(pattern).match, keys) if match}
+    """The numbers that stand in the keys where the pattern has its group; no model has blocks of three digits."""
+    return {int(match[1]) for match in map(re.compile(pattern, re.ASCII).match, keys) if match and len(match[1]) < 3}
 
 
 def place(name: str, names: Names) -> str | None:
@@ -161,6 +161,7 @@ def under(names: Names, ours: str, theirs: str) -> Names:
 
 POINTWISE = re.compile(r"first_stage_model\.\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")  # 1x1 convolutions with us
 FUSED = re.compile(r".*\.attn\.in_proj_(weight|bias)")
+PIECE = re.compile(FUSED.pattern + "/[0-2]")
 TURNED = re.compile(r".*\.model\.text_projection")
 
 
@@ -245,8 +246,8 @@ def read_folder(path: Path) -> Joined:
         state = rename(read_part(folder, path / part), TEXT_LEVEL if part.startswith("text") else [])
         names = part_names(part, state)
         for name, weight in rename(state, [(theirs, ours) for ours, theirs in names]).items():
-            whole, _, index = name.partition("/")
-            pieces.setdefault(prefix + whole, {})[int(index or 0)] = weight
+            whole, index = (name[:-2], int(name[-1])) if PIECE.fullmatch(name) else (name, 0)
+            pieces.setdefault(prefix + whole, {})[index] = weight
         if part.startswith("text") and names is not CLIP:
             add_unused(pieces, f"{prefix}model.")
     whole = {name: [own[index] for index in sorted(own)] for name, own in pieces.items()}
@@ -307,16 +308,16 @@ def read_part(folder: MappedFolder, path: Path) -> dict[str, Tensor]:
 
 def add_unused(pieces: dict[str, dict[int, Tensor]], prefix: str) -> None:
     """Zeros, which take no memory, for what OpenCLIP has and no Stable Diffusion 2 folder does."""
-    width = pieces[f"{prefix}ln_final.weight"][0]
-    shapes = {f"{prefix}text_projection": (len(width), len(width)), f"{prefix}logit_scale": ()}
+    words = pieces[f"{prefix}token_embedding.weight"][0]
+    width = words.shape[-1]
+    shapes = {f"{prefix}text_projection": (width, width), f"{prefix}logit_scale": ()}
     first = f"{prefix}transformer.resblocks.0."
-    last = f"{prefix}transformer.resblocks.{OPEN_CLIP_BLOCKS[len(width)] - 1}."
+    last = f"{prefix}transformer.resblocks.{OPEN_CLIP_BLOCKS[width] - 1}."
     for name, own in list(pieces.items()):
         if name.startswith(first):
-            rows, *columns = own[0].shape
-            shapes[last + name.removeprefix(first)] = (rows * len(own), *columns)
+            shapes[last + name.removeprefix(first)] = torch.cat([piece.to("meta") for piece in own.values()]).shape
     for name, shape in shapes.items():
-        pieces.setdefault(name, {0: torch.zeros((), dtype=width.dtype).expand(shape)})
+        pieces.setdefault(name, {0: torch.zeros((), dtype=words.dtype).expand(shape)})
 
 
 def read_json(path: Path) -> dict[str, Any]:

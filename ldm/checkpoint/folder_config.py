@@ -35,7 +35,7 @@ def to_yaml(folder: Path) -> dict[str, Any]:
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         return {"model": model_params(folder, schedule, **parts)}
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"the configs in {folder} describe no model that is known here "
                           f"({type(error).__name__}: {error}): name its YAML with --config") from error
 
@@ -78,9 +78,9 @@ def unet_params(theirs: Mapping) -> dict[str, Any]:
 def heads(theirs: int | list[int], widths: list[int]) -> dict[str, int]:
     """Heads of the same number, or of the same width, at every level; what they call the width is the number."""
     counts = [theirs] * len(widths) if isinstance(theirs, int) else theirs
+    each = {width // count for width, count in zip(widths, counts, strict=True)}
     if len(set(counts)) == 1:
         return {"num_heads": counts[0]}
-    each = {width // count for width, count in zip(widths, counts, strict=True)}
     if len(each) > 1:
         raise ConfigError(f"attention heads are of one number or of one width, got {counts} of {widths} channels")
     return {"num_head_channels": each.pop()}
