@@ -1,11 +1,14 @@
 """Pictures that a text file lists."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.data.lsun import LSUNBase, LSUNChurchesTrain, LSUNChurchesValidation
 from ldm.errors import RequestError
+from ldm.util import instantiate_from_config
 
 
 @pytest.fixture
@@ -36,6 +39,13 @@ def test_pictures_are_mirrored_as_often_as_asked(churches):
 
 def test_without_a_size_the_square_keeps_its_own(churches):
     assert LSUNChurchesTrain()[0]["image"].shape == (8, 8, 3)
+
+
+def test_one_s_own_pictures_are_listed_by_their_paths(churches):
+    Path("mine.txt").write_text("data/lsun/churches/a.png\n")
+    config = {"target": "taming.data.custom.CustomTrain", "params": {"size": 4, "training_images_list_file": "mine.txt"}}
+    (item,) = (instantiate_from_config(config)[i] for i in range(1))
+    np.testing.assert_array_equal(item["image"][0], [[1, -1, -1]] * 2 + [[-1, -1, 1]] * 2)
 
 
 def test_a_missing_or_empty_list_says_so(tmp_path):
