@@ -43,9 +43,9 @@ def test_without_a_size_the_square_keeps_its_own(churches):
 
 def test_one_s_own_pictures_are_listed_by_their_paths(churches):
     Path("mine.txt").write_text("data/lsun/churches/a.png\n")
-    config = {"target": "taming.data.custom.CustomTrain", "params": {"size": 4, "training_images_list_file": "mine.txt"}}
-    (item,) = (instantiate_from_config(config)[i] for i in range(1))
-    np.testing.assert_array_equal(item["image"][0], [[1, -1, -1]] * 2 + [[-1, -1, 1]] * 2)
+    params = {"size": 8, "training_images_list_file": "mine.txt"}
+    item = instantiate_from_config({"target": "taming.data.custom.CustomTrain", "params": params})[0]
+    np.testing.assert_array_equal(item["image"][0], [[1, -1, -1]] * 4 + [[-1, -1, 1]] * 4)
 
 
 def test_a_missing_or_empty_list_says_so(tmp_path):
