@@ -1,5 +1,7 @@
 """An autoencoder with a discriminator under main.py, and what the callbacks leave in its log folder."""
 
+import signal
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -28,12 +30,17 @@ def logs(runs):
             "trainer": {"gpus": 0, "accumulate_grad_batches": 2, "max_epochs": 1, "limit_val_batches": 1,
                         "enable_progress_bar": False, "enable_model_summary": False},
             "callbacks": {"image_logger": {"params": {"batch_frequency": 4, "max_images": 2, "log_first_step": True}},
-                          "channels_last": {"target": "main.ChannelsLast"}},
+                          "channels_last": {"target": "main.ChannelsLast"},
+                          "alarm": {"target": "alarm.Alarm", "params": {"step": 0, "signum": int(signal.SIGUSR1)}}},
         },
     }  # fmt: skip
     path = runs.folder / "autoencoder.yaml"
     OmegaConf.save(OmegaConf.create(config), path)
     return runs.train("autoencoder", "-b", path)
+
+
+def test_a_signal_that_asks_for_a_checkpoint_does_not_end_the_run(logs):
+    assert (logs / "checkpoints" / "last.ckpt").exists()  # of the whole run: `train` has seen it end well
 
 
 def test_two_optimizers_accumulate_batches_and_take_a_step_each(logs):

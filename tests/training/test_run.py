@@ -33,8 +33,8 @@ def weights(logs):
     return torch.load(logs / "checkpoints" / "last.ckpt", weights_only=False)
 
 
-# An epoch has six batches: the first signal is heard in the middle of one, the second at its end.
-@pytest.mark.parametrize("step, signum, code", [(3, signal.SIGTERM, 143), (5, signal.SIGINT, 130), (7, None, 1)])
+# An epoch has six batches: the signal is heard at the end of one, the error breaks off a step in the middle of another.
+@pytest.mark.parametrize("step, signum, code", [(5, signal.SIGTERM, 143), (7, None, 1)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(runs, whole, step, signum, code):
     logs = runs.train(f"interrupted-{step}", *alarm(step, signum), code=code)
     code, output = runs.run("-r", logs, "-t", "--no-test", "lightning.callbacks.alarm=null")
@@ -68,11 +68,6 @@ def test_the_loader_of_the_scripts_reads_what_training_wrote(whole, monkeypatch)
     averaged = read_checkpoint(path, use_ema=True)["model.diffusion_model.out.2.weight"]
     assert torch.equal(model.model.diffusion_model.out[2].weight, averaged)
     assert model.scale_factor != 1.0
-
-
-def test_a_signal_that_asks_for_a_checkpoint_does_not_end_the_run(runs):
-    logs = runs.train("asked", *alarm(3, signal.SIGUSR1))
-    assert weights(logs)["global_step"] == 9
 
 
 @pytest.mark.parametrize("words, code, clue", [
