@@ -4,14 +4,14 @@ Prints a line a picture: its path, the text found and the method that wrote it, 
 picture carries the text, 1 if one does not or cannot be read, 2 on wrong usage.
 """
 
-import argparse
 import sys
 
-WATERMARK = "StableDiffusionV1"
+from ldm.generation.arguments import Parser
+from ldm.generation.options import WATERMARK
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None = None):
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="a picture")
     parser.add_argument("--text", default=WATERMARK, help="the watermark to look for (default: %(default)s)")
     options = parser.parse_args(argv)

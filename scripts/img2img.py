@@ -30,7 +30,7 @@ def parse(argv: list[str] | None = None):
     arguments.add_output(parser, "outputs/img2img-samples", n_iter=1, batch_size=2)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
-    if not (args.init_img or args.from_file or args.replay):
+    if not (args.init_img or args.from_file or args.replay or args.print_config):
         parser.error("name the picture to start from with --init-img FILE")
     return args
 

@@ -37,12 +37,14 @@ def parse(argv: list[str] | None = None):
     arguments.add_output(parser, "outputs/inpaint-samples", n_iter=1, batch_size=1)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
+    if args.indir and args.ckpt == ModelOptions.ckpt:
+        args.ckpt = INPAINTING_BIG
+    if args.print_config:
+        return args
     if sum(map(bool, (args.indir, args.init_img or args.from_file, args.replay))) != 1:
         parser.error("name a picture with --init-img FILE --mask FILE, or a folder of pairs with --indir DIR")
     if args.init_img and not (args.mask or args.from_file):
         parser.error("name what is repainted with --mask FILE: white is drawn anew")
-    if args.indir and args.ckpt == ModelOptions.ckpt:
-        args.ckpt = INPAINTING_BIG
     return args
 
 

@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None):
                          outdir_option=("-l", "--logdir", "--outdir"), verbose=("--verbose",))
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
-    if not args.resume:
+    if not (args.resume or args.print_config):
         parser.error("name the checkpoint, or the folder that it lies in, with -r PATH")
     if args.count < 1:
         parser.error(f"n_samples must be at least 1, got {args.count}")
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None):
         args.sampler, args.steps = "ddpm", MAX_STEPS
     if args.eta is None:
         args.eta = 1.0 if args.sampler == "ddim" else 0.0
-    args.ckpt = checkpoint(Path(args.resume))
+    args.ckpt = checkpoint(Path(args.resume or ""))
     return args
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from ldm.errors import RequestError
+from ldm.generation import settings
 from ldm.generation.options import PRECISIONS, SAFETY_ACTIONS, WATERMARK, ModelOptions, RunOptions
 from ldm.generation.request import (
     ETA_SAMPLERS,
@@ -18,10 +20,21 @@ from ldm.generation.request import (
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes `-` and `_` in option names alike, and says what is wrong in one line."""
+    """An ArgumentParser that takes `-` and `_` in option names alike, and says what is wrong in one line.
+
+    The defaults are those of ldm.toml and the environment where they say something (`ldm.generation.settings`).
+    With --print_config it tells where each value is from and exits, or leaves `Origins` as `print_config` in the
+    options, for those who `explain_later`.
+    """
+
+    explain_later = False
 
     def __init__(self, description: str | None, **kwargs: Any):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.register("action", "store_true", settings.Switch)
+        if self.add_help:
+            self.add_argument("--print_config", action="store_true",
+                              help="show each setting and where it is from, and exit")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         spelled = {name.replace("-", "_"): name for name in self._option_string_actions if name.startswith("--")}
@@ -30,7 +43,34 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             return spelled.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else argument
 
-        return super().parse_known_args([respell(one) for one in (sys.argv[1:] if args is None else args)], namespace)
+        words = [respell(one) for one in (sys.argv[1:] if args is None else args)]
+        if namespace is not None:  # a row, whose defaults are there already
+            return super().parse_known_args(words, namespace)
+        try:
+            sources = settings.adopt(self, shared_options)
+        except RequestError as error:
+            self.exit(2, f"{self.prog}: {error}\n")
+        options, rest = super().parse_known_args(words)
+        if options.print_config:
+            values = {name: value for name, value in vars(options).items() if name != "print_config"}
+            options.print_config = settings.Origins(self, values, sources, self._given(words))
+            if not self.explain_later:
+                sys.stdout.writelines(f"{line}\n" for line in options.print_config.lines(options))
+                self.exit()
+        return options, rest
+
+    def _given(self, words: Sequence[str]) -> set[str]:
+        """The `dest` of each option that is on the command line."""
+        kept, defaults = {action: action.default for action in self._actions}, self._defaults
+        self._defaults = {}
+        for action in kept:
+            action.default = argparse.SUPPRESS
+        try:
+            return set(vars(super().parse_known_args(words)[0]))
+        finally:
+            self._defaults = defaults
+            for action, default in kept.items():
+                action.default = default
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
@@ -43,7 +83,8 @@ class Several(argparse.Action):
         super().__init__(*args, nargs="+", default=(), **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+        before = getattr(namespace, self.dest, self.default)  # what ldm.toml names gives way to the command line
+        setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
 
 
 def add_prompts(parser: Parser, prompt: str) -> None:
@@ -144,6 +185,7 @@ def add_output(
     batch_option: str = "--n_samples",
     verbose: Sequence[str] = ("-v", "--verbose"),
 ) -> None:
+    parser.explain_later = True  # rows and shorthands of its script still change what is drawn
     group = parser.add_argument_group("pictures")
     group.add_argument(*outdir_option, dest="outdir", default=outdir, metavar="DIR", help="(default: %(default)s)")
     group.add_argument("--n_iter", type=int, default=n_iter, metavar="N", help="rounds (default: %(default)s)")
@@ -185,3 +227,18 @@ def pick(kind: type, args: argparse.Namespace, **given: Any):
     """Make a `kind` (a dataclass of settings) from the options of the same names; what is `given` wins."""
     named = {field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)}
     return kind(**{**named, **given})
+
+
+def shared_options() -> set[str]:
+    """The names of the options that are declared here, which may be set for all scripts at once."""
+    parser = Parser(None)
+    add_prompts(parser, "")
+    add_picture(parser, 1.0)
+    add_sampling(parser, Request.sampler, Request.scale)
+    add_size(parser)
+    add_rows(parser)
+    add_latents(parser)
+    add_model(parser)
+    add_output(parser, "", 1, 1)
+    add_replay(parser)
+    return set(settings.options_of(parser))

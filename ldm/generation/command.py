@@ -12,9 +12,10 @@ from typing import Any
 from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import Parser, pick
 from ldm.generation.events import Tell, as_json, as_path
-from ldm.generation.options import ModelOptions, RunOptions
+from ldm.generation.options import ModelOptions, RunOptions, find
 from ldm.generation.request import Request
 from ldm.generation.rows import Row, read_rows, row_parser
+from ldm.generation.settings import toml
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,45 @@ def rows(args: Namespace, add_options: Callable[[Parser], None], needs: Sequence
     return read_rows(args.from_file, row_parser(add_options, args, needs))
 
 
+def explain(args: Namespace, rows: Sequence[Row] = ()) -> int:
+    """Print each option and where it is from, then what is particular to each row; nothing is drawn."""
+    origins, (yaml, path) = args.print_config, in_the_yaml(args)
+    for line in origins.lines(args, yaml, path):
+        show(line)
+    for row in dict.fromkeys(rows):
+        own = {field.name: getattr(row.request, field.name) for field in fields(Request)}
+        told = [f"{origins.name(name)} = {toml(value)}" for name, value in own.items()
+                if value != getattr(args, name, getattr(Request, name))]
+        if told:
+            show(f"# {row.place or 'row'}: {', '.join(told)}")
+    return 0
+
+
+def in_the_yaml(args: Namespace) -> tuple[dict[str, int], str]:
+    """The sizes that the model's YAML settles, and its path, as far as that is known before the weights are opened."""
+    from ldm.config import load_config, model_section
+    from ldm.generation.geometry import geometry
+
+    model = pick(ModelOptions, args)
+    checkpoint = find(model.ckpt)
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.yaml"
+    path = find(model.config) if model.config else beside
+    if not path.is_file():
+        return {}, ""
+    sizes = geometry(model_section(load_config(path), path))
+    latents = {"channels": sizes.channels, "factor": sizes.factor}
+    drawn = {} if getattr(args, "init_img", None) else {"height": sizes.side, "width": sizes.side}
+    return latents | drawn, str(path)
+
+
 def draw(args: Namespace, rows: Sequence[Row]) -> int:
     """Draw the rows with the model that the options name, print the path of each file, and give the exit code."""
     set_up(args)
     lines = len({row.place for row in rows if row.place})
     if 0 < lines < len(rows):
         logger.info("%s: with braces, %d lines are %d prompts", args.from_file, lines, len(rows))
+    if args.print_config:
+        return explain(args, rows)
     model, run = pick(ModelOptions, args), pick(RunOptions, args)
 
     from ldm.generation.loading import choose, open_run
@@ -96,6 +130,8 @@ def draw(args: Namespace, rows: Sequence[Row]) -> int:
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
     """As `draw`, each picture into the output folder under its own name; what is there already is left out."""
     set_up(args)
+    if args.print_config:
+        return explain(args, list(map(Row, names)))
     missing = {request: name for request, name in names.items() if not (Path(args.outdir) / name).exists()}
     if len(missing) < len(names):
         logger.warning("%d pictures are in %s already and are left as they are", len(names) - len(missing), args.outdir)
@@ -124,6 +160,8 @@ def replay(args: Namespace) -> int:
     How it is run may be changed on the command line, and which weights run is said there alone.
     """
     set_up(args)
+    if args.print_config:
+        return explain(args)
 
     from ldm.generation.adapters import differences, recall
     from ldm.generation.loading import choose, open_run

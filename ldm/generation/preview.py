@@ -32,7 +32,7 @@ def fit_colours(model: LatentDiffusion, geometry: Geometry) -> Tensor:
     have: latents that are drawn at random are those of no picture, and mislead it. Raises NumericalError
     where the encoder makes nothing of them.
     """
-    count = max(4, math.ceil(SAMPLES * (geometry.channels + 1) / SIDE**2))
+    count = max(2, math.ceil(SAMPLES * (geometry.channels + 1) / SIDE**2))
     cells = torch.rand(count, 3, SIDE // CELL, SIDE // CELL, generator=torch.Generator().manual_seed(0)) * 2 - 1
     colours = functional.interpolate(cells, scale_factor=CELL)
     images = functional.interpolate(colours, scale_factor=geometry.factor)
