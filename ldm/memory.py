@@ -1,14 +1,47 @@
-"""Where a model runs, in which precision and in which layout."""
+"""Where a model runs, in which precision and layout, and what it gives up where memory is short."""
 
 import contextlib
+import logging
+import os
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import DeviceError, OutOfMemory
+from ldm.modules.attention_ops import set_attention
+from ldm.modules.bands import set_band
+from ldm.modules.encoders.general import AbstractEncoder
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"full": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+WORKING_SPACE = 3 << 30  # bytes beside the weights that a picture of 512x512 is drawn in without a thought of memory
+LEAST_SPACE = 1 << 30  # and with `low`
+
+# Weights of this many bytes and more, of these layers, can wait in main memory.
+LARGE = 1 << 18
+WAITING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is given up for memory; the picture stays the same up to rounding.
+
+    band: the most entries that the autoencoder's layers take in at once (`ldm.modules.bands`). stages, network: whether
+    the text encoder and the autoencoder, and the blocks of the UNet, wait in main memory, from where each layer's
+    weight visits the device while it runs. With `network`, weights also stay in the mapped file where they can.
+    """
+
+    band: int
+    stages: bool = False
+    network: bool = False
+
+
+SAVINGS = {"auto": Saving(2**26), "low": Saving(2**23, stages=True), "lowest": Saving(2**22, stages=True, network=True)}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -51,10 +84,95 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16 if device.type == "cpu" else torch.float16)
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model to its device, its convolutions in channels_last, the layout that they compute in fastest."""
-    with as_out_of_memory(f"{device} has no room for the model: try --precision bf16"):
-        return model.to(device).to(memory_format=torch.channels_last)
+def free_memory(device: torch.device) -> int:
+    """The bytes that are left on a device; on the CPU those that can be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):  # no Linux: all that there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
+
+
+def pick_memory(name: str, device: torch.device, weights: int) -> str:
+    """What `auto` means for a model of so many bytes: itself where they and a picture fit, else low, else lowest."""
+    if name != "auto":
+        return name
+    free = free_memory(device) - weights
+    picked = "auto" if free >= WORKING_SPACE else "low" if free >= LEAST_SPACE else "lowest"
+    if picked != "auto":
+        logger.info("%s has %.1f GB left beside the model: taking --memory %s", device, max(free, 0) / 1e9, picked)
+    return picked
+
+
+def place(model: nn.Module, device: torch.device, memory: str = "auto") -> nn.Module:
+    """Move a model to its device, its convolutions in channels_last, the layout that they compute in fastest.
+
+    memory: auto, low or lowest (see Saving); its settings of bands and attention hold for the whole process. It may be
+    called again with a lower one, for a model that proved too large.
+    """
+    saving = SAVINGS[memory]
+    set_band(saving.band)
+    # Elsewhere the fused kernels store no scores; on a Mac they do.
+    set_attention("sliced" if device.type == "mps" and saving.stages else "sdpa")
+    waiting = wait(model, device, saving) if device.type != "cpu" else set()
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) in waiting:
+            return tensor.to("cpu")
+        layout = torch.channels_last if tensor.ndim == 4 and not saving.network else torch.preserve_format
+        return tensor.to(device, memory_format=layout)
+
+    with as_out_of_memory(f"{device} has no room for the model: try --memory lowest or --precision bf16"):
+        return model._apply(move)
+
+
+def lowest(model: nn.Module) -> nn.Module:
+    """Make the rest of the process get by with the least memory; for a picture that did not fit before."""
+    return place(model, model.device, "lowest")
+
+
+def wait(model: nn.Module, device: torch.device, saving: Saving) -> set[int]:
+    """Let the large weights of what a model rests visit the device only while their layers run; gives their ids."""
+    resting: list[nn.Module] = []
+    if saving.stages:
+        for stage in (getattr(model, "cond_stage_model", None), getattr(model, "first_stage_model", None)):
+            halves = [getattr(stage, name) for name in ("encoder", "decoder") if hasattr(stage, name)]
+            if isinstance(stage, AbstractEncoder):
+                stage.device = device
+                resting.append(stage)
+            elif len(halves) == 2:  # an autoencoder, whose codebook is read without being called
+                resting += halves
+    if saving.network:
+        unet = model.model.diffusion_model
+        resting += [getattr(unet, n) for n in ("input_blocks", "middle_block", "output_blocks") if hasattr(unet, n)]
+    # By exact type: a subclass may do with its weight what it likes.
+    layers = {layer for module in resting for layer in module.modules() if type(layer) in WAITING}
+    large = [layer for layer in layers if layer.weight.nbytes >= LARGE]
+    for layer in large:
+        if not any(isinstance(hook, Visit) for hook in layer._forward_pre_hooks.values()):
+            visit = Visit(device)
+            layer.register_forward_pre_hook(visit)
+            layer.register_forward_hook(visit.end, always_call=True)
+    return {id(layer.weight) for layer in large}
+
+
+class Visit:
+    """The hooks of one layer, whose weight is on the device while it runs and in main memory otherwise."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.home: nn.Parameter | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple) -> None:
+        self.home = layer.weight
+        layer.weight = nn.Parameter(self.home.to(self.device), requires_grad=False)
+
+    def end(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        layer.weight = self.home
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from ldm.errors import RequestError
 from ldm.generation import settings
-from ldm.generation.options import PRECISIONS, SAFETY_ACTIONS, WATERMARK, ModelOptions, RunOptions
+from ldm.generation.options import MEMORIES, PRECISIONS, SAFETY_ACTIONS, WATERMARK, ModelOptions, RunOptions
 from ldm.generation.request import (
     ETA_SAMPLERS,
     LONG_PROMPTS,
@@ -173,6 +173,10 @@ def add_model(parser: Parser, ckpt: str | None = ModelOptions.ckpt) -> None:
     group.add_argument("--embedding", action=Several, metavar="FILE:WORD",
                        help="learn a word of textual inversion for use in prompts; without :WORD it is the file's own "
                        "(may be given several times)")
+    group.add_argument("--memory", choices=MEMORIES, default=ModelOptions.memory,
+                       help="low keeps the text encoder and the autoencoder off the device while they are idle and "
+                       "decodes in thin bands; lowest also brings each layer of the network to the device only while "
+                       "it runs; auto does as little as the free memory asks for (default: %(default)s)")
     group.add_argument("--offline", action="store_true", help="never reach for the network")
 
 

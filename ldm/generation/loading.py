@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
+from ldm.checkpoint.names import EMA
 from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError, RequestError
 from ldm.generation.adapters import read_adapters
@@ -22,7 +24,7 @@ from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
 from ldm.generation.rows import Row
 from ldm.image.io import check_outdir
-from ldm.memory import DTYPES, as_out_of_memory, pick_device, pick_precision, place
+from ldm.memory import DTYPES, SAVINGS, as_out_of_memory, pick_device, pick_memory, pick_precision, place
 from ldm.models.load import load_model
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,12 @@ def check_rows(rows: Sequence[Row], geometry: Geometry) -> None:
         raise RequestError("\n".join(errors))
 
 
+def weigh(checkpoint: Path, dtype: torch.dtype) -> int:
+    """How many bytes the weights of a checkpoint take in `dtype`, without those of which there is an average too."""
+    outline = open_checkpoint(checkpoint).outline
+    return sum(weight.numel() for name, weight in outline.items() if not name.startswith(EMA)) * dtype.itemsize
+
+
 def open_run(
     rows: Sequence[Row], model: ModelOptions, options: RunOptions, tell: Tell, chosen: Chosen
 ) -> Run:
@@ -96,18 +104,26 @@ def open_run(
     finish = Finisher(options)
     precision = pick_precision(model.precision, device)
     logger.debug("%s, built as %s says, on %s in %s precision", chosen.checkpoint, chosen.config, device, precision)
-    with as_out_of_memory(f"{device} has no room for {chosen.checkpoint}: try --precision bf16"):
+    memory = pick_memory(model.memory, device, weigh(chosen.checkpoint, DTYPES[precision]))
+    saving = SAVINGS[memory]
+    with as_out_of_memory(f"{device} has no room for {chosen.checkpoint}: try --memory lowest or --precision bf16"):
         loaded = load_model(
-            chosen.config, chosen.checkpoint, device=device, dtype=DTYPES[precision], use_ema=model.use_ema
+            chosen.config,
+            chosen.checkpoint,
+            device="cpu" if saving.stages else device,
+            dtype=DTYPES[precision],
+            use_ema=model.use_ema,
+            mapped=saving.network,
         )
         adapters.put_into(loaded)
     how = {
         "device": device.type,
         "precision": precision,
+        "memory": memory,
         "use_ema": model.use_ema,
         "watermark": options.watermark,
         "safety": options.safety,
         **adapters.told,
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
-    return Run(Pipeline(place(loaded, device), chosen.geometry, precision), options, finish, recorder, tell)
+    return Run(Pipeline(place(loaded, device, memory), chosen.geometry, precision), options, finish, recorder, tell)

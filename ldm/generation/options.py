@@ -8,6 +8,7 @@ from ldm.errors import RequestError
 from ldm.generation.request import check_choice
 
 PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
+MEMORIES = ("auto", "low", "lowest")
 SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
 WATERMARK = "StableDiffusionV1"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,11 +28,13 @@ class ModelOptions:
     use_ema: bool | None = None
     device: str = "auto"
     precision: str = "auto"
+    memory: str = "auto"
     lora: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("memory", self.memory, MEMORIES)
         for option in self.lora:
             weighted(option)
 

@@ -45,12 +45,14 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     use_ema: bool | None = None,
+    mapped: bool = False,
 ) -> nn.Module:
     """The model that a config describes, with the weights of a checkpoint, in eval mode and frozen.
 
     dtype: of the weights; what the model computes by itself, such as the schedule, keeps its own. use_ema: run the
     averaged weights; None does so if the config keeps them and the file has them. The model owns its memory: the file
-    may go.
+    may go; unless it is `mapped`: on the CPU, weights that have the dtype already stay in the file, from where the
+    system reads them as they are needed, and takes them back.
 
     Raises ConfigError, CheckpointError (with the family of a checkpoint that another config is for), OutOfMemory.
     """
@@ -65,7 +67,7 @@ def load_model(
         logger.info("%s: running the EMA weights", file.path)
     chosen = match(model, weights, file, source)
     try:
-        assign(model, chosen, file, torch.device(device), dtype)
+        assign(model, chosen, file, torch.device(device), dtype, mapped)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"{device} has no room for the weights of {file.path}: try --precision bf16") from error
     return model.eval().requires_grad_(False)
@@ -117,7 +119,12 @@ def match(model: nn.Module, weights: Mapping[str, Tensor], file: Checkpoint, sou
 
 
 def assign(
-    model: nn.Module, chosen: Mapping[str, Tensor], file: Checkpoint, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    chosen: Mapping[str, Tensor],
+    file: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    mapped: bool = False,
 ) -> None:
     """Put the chosen weights in the model, in `dtype` on `device`, one by one so that memory holds each only once.
 
@@ -129,8 +136,11 @@ def assign(
     for name, weight in chosen.items():
         if id(own[name]) not in placed:
             kind = dtype if own[name].is_meta and own[name].is_floating_point() else own[name].dtype
-            placed[id(own[name])] = torch.empty(weight.shape, dtype=kind, device=device).copy_(weight)
-            file.release(weight)
+            if mapped and device.type == "cpu" and weight.dtype == kind:
+                placed[id(own[name])] = weight
+            else:
+                placed[id(own[name])] = torch.empty(weight.shape, dtype=kind, device=device).copy_(weight)
+                file.release(weight)
         state[name] = placed[id(own[name])]
     model.load_state_dict(state, strict=False, assign=True)
     left = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
