@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ldm.errors import LdmError, OutOfMemory
+from ldm.errors import LdmError, OutOfMemory, RequestError
 from ldm.generation.events import Tell, telling
 from ldm.generation.finish import Finished, Finisher
 from ldm.generation.noise import NoiseSource
@@ -28,6 +28,8 @@ from ldm.image.grid import GridWriter
 from ldm.image.io import Outdir, check_outdir, write_png
 
 logger = logging.getLogger(__name__)
+
+PREVIEW = "preview.png"  # in the output folder, the one file that is written over
 
 
 @dataclass
@@ -115,6 +117,8 @@ class Run:
     def draw_files(self, names: Mapping[Request, str]) -> Summary:
         """Draw each request into the output folder, under the name that it is given."""
         folder = check_outdir(self.options.outdir)
+        if self.options.preview and PREVIEW in names.values():
+            raise RequestError(f"a picture here is to be named {PREVIEW}, as the preview is: leave --preview out")
 
         def keep(made: Finished, info: PngInfo) -> None:
             path = folder / names[made.request]
@@ -153,7 +157,7 @@ class Run:
         if not self.options.preview:
             return None
         model, geometry = self.pipeline.model, self.pipeline.geometry
-        path = Path(self.options.outdir) / "preview.png"
+        path = Path(self.options.outdir) / PREVIEW
         return Preview(path, self.options.preview, lambda: fit_colours(model, geometry), geometry.factor)
 
     def _draw(

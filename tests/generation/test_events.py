@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny import write_model
 
-from ldm.errors import OutOfMemory
+from ldm.errors import OutOfMemory, RequestError
 from ldm.generation import arguments
-from ldm.generation.command import draw
+from ldm.generation.command import draw, draw_files
 from ldm.generation.events import as_json, as_path, telling
 from ldm.generation.request import Request
 from ldm.generation.rows import Row
@@ -48,23 +48,27 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-def told(capsys, model, outdir, *options) -> tuple[list[str], str]:
-    """Draw in this process, and give the lines on stdout and what is on stderr."""
+def options_of(model, outdir, *options):
+    """The options of a small run."""
     parser = arguments.Parser(None)
     arguments.add_prompts(parser, "a fox")
     arguments.add_sampling(parser, sampler="ddim", scale=1.0)
     arguments.add_size(parser)
     arguments.add_model(parser)
     arguments.add_output(parser, str(outdir), n_iter=1, batch_size=2)
-    args = parser.parse_args(["--ckpt", str(model), "--steps", "3", "--H", "32", "--W", "32", "--device", "cpu",
+    return parser.parse_args(["--ckpt", str(model), "--steps", "3", "--H", "32", "--W", "32", "--device", "cpu",
                               "--watermark", "off", *options])
-    args.code = draw(args, [Row(arguments.pick(Request, args))] * 2)
-    out, err = capsys.readouterr()
-    return out.splitlines(), err
+
+
+def told(capsys, model, outdir, *options) -> list[str]:
+    """Draw in this process, and give the lines on stdout."""
+    args = options_of(model, outdir, *options)
+    draw(args, [Row(arguments.pick(Request, args))] * 2)
+    return capsys.readouterr().out.splitlines()
 
 
 def test_a_run_tells_its_events_in_order_with_stable_names(capsys, model, tmp_path):
-    lines, _ = told(capsys, model, tmp_path, "--json", "--seed", "7")
+    lines = told(capsys, model, tmp_path, "--json", "--seed", "7")
     events = [json.loads(line) for line in lines]
     assert [event["event"] for event in events] == ["started", "batch", "step", "step", "step", "saved", "saved",
                                                     "saved", "done"]
@@ -79,7 +83,7 @@ def test_a_run_tells_its_events_in_order_with_stable_names(capsys, model, tmp_pa
 
 
 def test_without_json_the_paths_are_all_that_is_printed(capsys, model, tmp_path):
-    lines, _ = told(capsys, model, tmp_path, "--preview", "1")
+    lines = told(capsys, model, tmp_path, "--preview", "1")
     assert lines == [str(tmp_path / name) for name in ("samples/00000.png", "samples/00001.png", "grid-0000.png")]
     assert (tmp_path / "preview.png").exists()
 
@@ -92,8 +96,15 @@ def test_a_preview_changes_no_picture(capsys, model, tmp_path):
     assert files["with"] == files["without"]
 
 
-def test_each_picture_that_fails_is_an_event(capsys, model, tmp_path, monkeypatch):
-    lines, _ = told(capsys, model, tmp_path, "--json", "--scale", "1e38")
+def test_a_preview_takes_the_place_of_no_picture(model, tmp_path):
+    args = options_of(model, tmp_path, "--preview", "1")
+    with pytest.raises(RequestError, match="leave --preview out"):
+        draw_files(args, {arguments.pick(Request, args): "preview.png"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_picture_that_fails_is_an_event(capsys, model, tmp_path):
+    lines = told(capsys, model, tmp_path, "--json", "--scale", "1e38")
     events = [json.loads(line) for line in lines]
     failed = [event for event in events if event["event"] == "failed"]
     assert [event["prompt"] for event in failed] == ["a fox", "a fox"]
