@@ -20,7 +20,7 @@ class Noise:
         self.generators = list(generators)
         self.history: list[list[int]] = []
         self.fixed_start = fixed_start
-        self._start: Tensor | None = None
+        self._starts: dict[torch.Size, Tensor] = {}
 
     def __call__(self, like: Tensor) -> Tensor:
         shape = list(like.shape)
@@ -34,22 +34,28 @@ class Noise:
         return torch.stack([torch.randn(shape[1:], generator=one) for one in self.generators]).to(like.device)
 
     def start(self, like: Tensor) -> Tensor:
-        """The noise that a batch starts from: the same for every batch with `fixed_start`, else the next one."""
-        if not self.fixed_start:
-            return self(like)
-        if self._start is None:
-            self._start = self(like)
-        return self._start[:len(like)]
+        """The noise that a batch starts from: with `fixed_start` the same for every batch of a size, else the next."""
+        noise = self._kept(like)
+        if noise is None:
+            noise = self(like)
+            if self.fixed_start:
+                self._starts[like.shape[1:]] = noise
+        return noise
 
     def repeat(self, history: Iterable[Sequence[int]]) -> None:
-        """Draw what `history` says and throw it away."""
+        """Draw what `history` says and throw it away, but for the starts: what comes first of its size is one."""
         for *shape, count in history:
             like = torch.empty(shape, device=self.generators[0].device)
             for _ in range(count):
-                if self.history:
-                    self(like)
-                else:
+                if self._kept(like) is None:
                     self.start(like)
+                else:
+                    self(like)
+
+    def _kept(self, like: Tensor) -> Tensor | None:
+        """The fixed start for latents of this size, where one has been drawn for as many."""
+        noise = self._starts.get(like.shape[1:])
+        return noise[:len(like)] if noise is not None and len(noise) >= len(like) else None
 
 
 class NoiseSource:

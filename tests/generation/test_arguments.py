@@ -66,8 +66,9 @@ def test_without_a_flag_the_sampler_is_the_one_of_the_originals_readme():
 @pytest.mark.parametrize("script", ["txt2img", "img2img", "inpaint", "sample_diffusion"])
 def test_every_script_takes_what_is_new_alike(script):
     needed = {"img2img": "--init-img a", "inpaint": "--init-img a --mask b", "sample_diffusion": "-r a"}
-    args = parse(script, *needed.get(script, "").split(), "--sampler", "euler", "--schedule", "karras", "--device", "cpu",
-                 "--precision", "bf16", "--seed_mode", "image", "--watermark", "off", "--safety", "off", "--offline")
+    args = parse(script, *needed.get(script, "").split(), "--sampler", "euler", "--schedule", "karras",
+                 "--device", "cpu", "--precision", "bf16",
+                 "--seed_mode", "image", "--watermark", "off", "--safety", "off", "--offline")
     assert (args.sampler, args.schedule, args.device, args.precision) == ("euler", "karras", "cpu", "bf16")
     assert (args.seed_mode, args.watermark, args.safety, args.offline) == ("image", "", "off", True)
 

@@ -35,6 +35,21 @@ def test_a_fixed_code_starts_every_batch_alike_a_shorter_one_too():
     assert torch.equal(source.of(batch).start(torch.empty(2, 4, 8, 8)), first[:2])
 
 
+def test_a_fixed_code_has_a_start_for_each_size_and_for_the_most_pictures():
+    noise = NoiseSource(CPU).of([Request(fixed_code=True)])
+    one = noise.start(torch.empty(1, 4, 8, 8))
+    wide = noise.start(torch.empty(2, 4, 8, 16))
+    three = noise.start(torch.empty(3, 4, 8, 8))
+    assert (one.shape, wide.shape, three.shape) == ((1, 4, 8, 8), (2, 4, 8, 16), (3, 4, 8, 8))
+    assert torch.equal(noise.start(torch.empty(2, 4, 8, 8)), three[:2])
+    assert torch.equal(noise.start(torch.empty(2, 4, 8, 16)), wide)
+    noise(torch.empty(1, 4, 8, 8))
+    again = NoiseSource(CPU).of([Request(fixed_code=True)])
+    again.repeat(noise.history)
+    assert torch.equal(again.start(torch.empty(3, 4, 8, 8)), three)
+    assert torch.equal(again(torch.empty(1, 4, 8, 8)), noise(torch.empty(1, 4, 8, 8)))
+
+
 def test_history_brings_another_noise_to_the_same_point():
     def fresh() -> Noise:
         return Noise([torch.Generator().manual_seed(3)])

@@ -110,6 +110,15 @@ def test_a_fixed_code_starts_every_round_alike(txt2img):
     assert not np.array_equal(first, second)
 
 
+def test_a_fixed_code_serves_rows_of_several_sizes_and_the_last_of_them_is_made_again(txt2img):
+    Path("rows.txt").write_text("a fox\na fox --W 32\na hare --W 32\na fox\na hare\n")
+    done = txt2img("--from-file", "rows.txt", "--fixed_code", "--n_samples", 2, "--n_iter", 1, "--skip_grid")
+    assert done.code == 0
+    assert [pixels(path).shape[1] for path in done.out] == [64, 32, 32, 64, 64]
+    again = txt2img("--replay", done.out[-1], "--outdir", "again")
+    assert Path(again.out[0]).read_bytes() == Path(done.out[-1]).read_bytes()
+
+
 def test_a_seed_of_its_own_makes_a_picture_the_same_at_any_batch_size(txt2img):
     options = ("--seed_mode", "image", "--seed", 5, "--skip_grid", "--sampler", "euler_a")
     together = txt2img(*options, "--n_iter", 1, "--n_samples", 3)
