@@ -271,12 +271,12 @@ def test_the_blocks_that_stable_diffusion_2_skips_are_kept_beside_its_folder(tmp
     state = torch.load(model)["state_dict"]
     state = {key: weight for key, weight in state.items() if not key.startswith("cond_stage_model.")}
     root = "cond_stage_model.model."
-    tower = {"token_embedding.weight": (40, 64), "positional_embedding": (77, 64), "ln_final.weight": (64,),
-             "ln_final.bias": (64,), "text_projection": (64, 64), "logit_scale": ()}
-    for block in range(3):
+    tower = {"token_embedding.weight": (40, 1024), "positional_embedding": (77, 1024), "ln_final.weight": (1024,),
+             "ln_final.bias": (1024,), "text_projection": (1024, 1024), "logit_scale": ()}
+    for block in (0, 1, 23):
         tower |= {f"transformer.resblocks.{block}.{name}": shape for name, shape in {
-            "attn.in_proj_weight": (192, 64), "attn.in_proj_bias": (192,), "attn.out_proj.weight": (64, 64),
-            "mlp.c_fc.bias": (128,), "ln_1.weight": (64,)}.items()}
+            "attn.in_proj_weight": (3072, 1024), "attn.in_proj_bias": (3072,), "attn.out_proj.weight": (1024, 1024),
+            "mlp.c_fc.bias": (128,), "ln_1.weight": (1024,)}.items()}
     state |= {root + name: torch.randn(shape) for name, shape in tower.items()}
     torch.save({"state_dict": state}, model)
     text = (tmp_path / "model" / "config.yaml").read_text()
@@ -286,7 +286,9 @@ def test_the_blocks_that_stable_diffusion_2_skips_are_kept_beside_its_folder(tmp
     convert(model, tmp_path / "folder", config=tmp_path / "model" / "config.yaml")
     with safe_open(tmp_path / "folder" / REST, "pt") as file:
         kept = {key.removeprefix(root) for key in file.keys() if key.startswith(root)}  # noqa: SIM118
-    assert kept == {name for name in tower if ".resblocks.2." in name} | {"text_projection", "logit_scale"}
+    assert kept == {name for name in tower if ".resblocks.23." in name} | {"text_projection", "logit_scale"}
+    convert(tmp_path / "folder", tmp_path / "back.ckpt")
+    assert_same(read_checkpoint(tmp_path / "back.ckpt"), state)
     theirs = safetensors.torch.load_file(tmp_path / "folder" / "text_encoder" / "model.safetensors")
     fused = state[root + "transformer.resblocks.1.attn.in_proj_weight"]
     layer = "text_model.encoder.layers.1.self_attn"

@@ -252,7 +252,7 @@ def read_folder(path: Path) -> Joined:
             add_unused(pieces, f"{prefix}model.")
     whole = {name: [own[index] for index in sorted(own)] for name, own in pieces.items()}
     if (path / REST).is_file():
-        whole |= {name: [weight] for name, weight in folder.open(path / REST).items()}
+        whole |= {name: split(name, weight) for name, weight in folder.open(path / REST).items()}
     return Joined(whole, folder)
 
 
