@@ -104,8 +104,10 @@ def add_rows(parser: Parser) -> None:
     group.add_argument("--from-file", metavar="FILE",
                        help="draw each row of a UTF-8 file instead of --prompt: .txt has a prompt a line, with options "
                        "behind it where they differ (a fox --seed 7); .jsonl and .csv have the long names of options "
-                       "as keys; - is standard input, drawn as its lines arrive. {red,blue} in a prompt makes a row of "
-                       "each")
+                       "as keys. {red,blue} in a prompt makes a row of each")
+    group.add_argument("--resume", dest="go_on", action="store_true",
+                       help="go on with the run of this command that OUTDIR/manifest.jsonl tells of: what is missing, "
+                       "altered or failed is made (again), under the same names")
 
 
 def add_sampling(
@@ -209,6 +211,7 @@ def add_output(
                        "(default: %(default)s)")
     group.add_argument("--json", action="store_true",
                        help="write each event as a JSON object on a line of its own, in place of the paths")
+    group.add_argument("--stop_on_error", action="store_true", help="end at the first picture that fails")
     group.add_argument("-q", "--quiet", action="store_const", dest="verbosity", const=-1, default=0, help="only errors")
     group.add_argument(*verbose, action="store_const", dest="verbosity", const=1, help="more of what is done")
 

@@ -1,30 +1,31 @@
-"""A run: requests into batches, batches into files. A batch that fails takes no other with it."""
+"""A run: rows into batches, batches into files. A row that fails takes no other with it."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.errors import LdmError, OutOfMemory, RequestError
+from ldm.generation.background import Background, Interrupt
 from ldm.generation.events import Tell, telling
-from ldm.generation.finish import Finished, Finisher
+from ldm.generation.finish import Finisher
+from ldm.generation.gallery import Drawn, Gallery, Part, asked
 from ldm.generation.noise import NoiseSource
-from ldm.generation.options import RunOptions
+from ldm.generation.options import INTERRUPTED, RunOptions
 from ldm.generation.pipeline import OnStep, Picture, Pipeline
+from ldm.generation.plan import Job, plan, settings
 from ldm.generation.preview import Preview, fit_colours
-from ldm.generation.record import OF_A_PICTURE, Recorder, Replay
+from ldm.generation.record import Recorder, Replay
 from ldm.generation.request import Request
 from ldm.generation.rows import Row
-from ldm.image.grid import GridWriter
 from ldm.image.io import Outdir, check_outdir, write_png
 
 logger = logging.getLogger(__name__)
@@ -38,40 +39,13 @@ class Summary:
 
     made: int = 0
     failed: int = 0
+    interrupted = False  # no field: events tell the counts alone
 
     @property
     def exit_code(self) -> int:
+        if self.interrupted:
+            return INTERRUPTED
         return 1 if self.failed else 0
-
-
-def batches(rows: Sequence[Row], batch_size: int, n_iter: int) -> Iterator[list[Request]]:
-    """Go n_iter times through the rows, in batches of neighbours whose settings are the same.
-
-    With seed_mode "image" the k-th picture of the run gets seed + k, and a row with a seed of its own that, and in
-    the rounds after the first the next ones.
-    """
-    made = 0
-    for number in range(n_iter):
-        batch: list[Request] = []
-        for row in rows:
-            request = row.request
-            if batch and (len(batch) == batch_size or settings(request) != settings(batch[0])):
-                yield batch
-                batch = []
-            if request.seed_mode == "image":
-                request = replace(request, seed=request.seed + (number if row.seeded else made))
-            batch.append(request)
-            made += 1
-        if batch:
-            yield batch
-
-
-def settings(request: Request) -> Request:
-    """The request without what the pictures of one batch may differ in."""
-    same = {name: getattr(Request, name) for name in OF_A_PICTURE}
-    if request.seed_mode == "run":
-        del same["seed"]
-    return replace(request, **same)
 
 
 class Run:
@@ -94,50 +68,65 @@ class Run:
         self.recorder = recorder
         self.tell = tell
         self.noise = NoiseSource(pipeline.model.device)
+        self._steps: dict[Request, int] = {}
 
     def draw(self, rows: Sequence[Row]) -> Summary:
         """Draw every row into samples/, and the pictures of the run into a grid."""
-        outdir = Outdir(self.options.outdir)
+        options = self.options
+        gallery = Gallery(options, self.finish, self.recorder, self.tell, len(rows) * options.n_iter)
 
-        def save_grid(canvas: Image.Image) -> Path:
-            path = outdir.grids.save(self.finish.mark(canvas)[0])
-            self.tell("saved", path=path, kind="grid")
-            return path
+        def batches() -> Iterator[list[Job]]:
+            return plan(rows, options.batch_size, options.n_iter)
 
-        def keep(made: Finished, info: PngInfo) -> None:
-            if not self.options.skip_save:
-                self._saved(outdir.samples.save(made.image, info), made)
-            if not self.options.skip_grid:
-                grids.add(made.unmarked)
-
-        grids = GridWriter(save_grid, self.options.n_rows or self.options.batch_size)
-        plan = batches(rows, self.options.batch_size, self.options.n_iter)
-        return self._draw(plan, keep, at_the_end=grids.close)
+        if options.go_on:
+            jobs = sorted((job for batch in batches() for job in batch), key=lambda job: job.index)
+            if not gallery.go_on(jobs):
+                logger.warning("%s has no run of these rows to go on with: this is a new one", options.outdir)
+        steps = [self._walk(batch) for batch in batches()]
+        parts = (part for batch in batches() for part in gallery.parts(batch))
+        totals = len(rows) * options.n_iter, len(steps), sum(steps)
+        with gallery:
+            return self._draw(parts, gallery.keep, totals, [row.request for row in rows], gallery.pass_by,
+                              gallery.close)
 
     def draw_files(self, names: Mapping[Request, str]) -> Summary:
         """Draw each request into the output folder, under the name that it is given."""
         folder = check_outdir(self.options.outdir)
         if self.options.preview and PREVIEW in names.values():
             raise RequestError(f"a picture here is to be named {PREVIEW}, as the preview is: leave --preview out")
+        batches = [[Job(index, request)] for index, request in enumerate(names)]
 
-        def keep(made: Finished, info: PngInfo) -> None:
-            path = folder / names[made.request]
-            if not path.exists():  # else another run has made it in the meantime
-                self._saved(write_png(path, made.image, info), made)
+        def keep(drawn: Drawn) -> None:
+            path = folder / names[drawn.job.request]
+            if isinstance(drawn.outcome, Picture) and not path.exists():  # else another run has made it in the meantime
+                self._write(drawn, lambda image, info: write_png(path, image, info))
 
-        return self._draw(([request] for request in names), keep)
+        return self._draw((Part(batch, batch) for batch in batches), keep,
+                          (len(batches), len(batches), sum(map(self._walk, batches))), list(names))
 
     def redraw(self, replay: Replay) -> Summary:
         """Draw the batch of a recorded picture again, from the same noise, and write that picture into samples/."""
-        outdir = Outdir(self.options.outdir)
-        if replay.noise:
-            self.noise.of(replay.requests).repeat(replay.noise)
-        return self._draw(
-            [replay.requests], lambda made, info: self._saved(outdir.samples.save(made.image, info), made), replay.index
-        )
+        samples = Outdir(self.options.outdir).samples
+        batch = [Job(index, request) for index, request in enumerate(replay.requests)]
 
-    def _saved(self, path: Path, made: Finished) -> None:
-        self.tell("saved", path=path, kind="picture", **asked(made.request))
+        def keep(drawn: Drawn) -> None:
+            if isinstance(drawn.outcome, Picture):
+                self._write(drawn, samples.save)
+
+        part = Part(batch, [batch[replay.index]], before=replay.noise)
+        return self._draw([part], keep, (1, 1, self._walk(batch)), replay.requests)
+
+    def _write(self, drawn: Drawn, save: Callable[..., Path]) -> None:
+        made = self.finish(drawn.outcome)
+        info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(drawn.job), drawn.before)
+        self.tell("saved", path=save(made.image, info), kind="picture", **asked(drawn.job.request))
+
+    def _walk(self, batch: Sequence[Job]) -> int:
+        """How many steps a batch takes."""
+        alike = settings(batch[0].request)
+        if alike not in self._steps:
+            self._steps[alike] = len(self.pipeline.path(alike).levels) - 1
+        return self._steps[alike]
 
     def _watch(self, bar: tqdm, preview: Preview | None, batch: int, steps: int) -> OnStep:
         """What is done after each step of a batch."""
@@ -160,67 +149,120 @@ class Run:
         path = Path(self.options.outdir) / PREVIEW
         return Preview(path, self.options.preview, lambda: fit_colours(model, geometry), geometry.factor)
 
+    def _check(self, requests: Iterable[Request]) -> None:
+        """Raise RequestError for what this model cannot draw; of prompts it matters only whether there are any."""
+        for request in dict.fromkeys(
+            replace(request, prompt=request.prompt and "text", negative_prompt="", seed=0) for request in requests
+        ):
+            self.pipeline.check(request)
+
     def _draw(
         self,
-        plan: Iterable[Sequence[Request]],
-        keep: Callable[[Finished, PngInfo], None],
-        only: int | None = None,
-        at_the_end: Callable[[], None] = lambda: None,
+        parts: Iterable[Part],
+        keep: Callable[[Drawn], None],
+        totals: tuple[int, int, int],
+        requests: Iterable[Request],
+        pass_by: Callable[[Job], None] = lambda job: None,
+        close: Callable[[], None] = lambda: None,
     ) -> Summary:
-        """Draw batch after batch and `keep` their pictures, or the one at index `only`.
+        """Draw part after part, and `keep` what was wanted of each while the next one is drawn.
 
-        What cannot be drawn is told before the first step. A batch or a picture that fails is logged and counted;
-        OutOfMemory and OutputError, which would come again, end the run.
+        totals: of pictures, batches and steps. What this model cannot draw of `requests` is told before the first step.
+        A picture that fails is logged and counted; OutputError, which would come again, ends the run.
         """
-        plan, summary = list(plan), Summary()
-        for request in dict.fromkeys(chain.from_iterable(plan)):
-            self.pipeline.check(request)
-        steps = [len(self.pipeline.path(batch[0]).levels) - 1 for batch in plan]
-        total = sum(len(batch) for batch in plan) if only is None else 1
-        preview = self._preview()
+        self._check(requests)
+        summary, preview, last = Summary(), self._preview(), None
+        pictures, batches, steps = totals
         wordy = logger.isEnabledFor(logging.INFO)
+
+        def finish(drawn: Drawn) -> None:
+            keep(drawn)
+            summary.made += isinstance(drawn.outcome, Picture)
+
         # With None there is no bar where stderr is no terminal.
         with (
-            telling(self.tell, summary, pictures=total, batches=len(plan), steps=sum(steps),
-                    outdir=self.options.outdir),
-            tqdm(total=sum(steps), unit="step", disable=None if wordy else True) as bar,
+            telling(self.tell, summary, pictures=pictures, batches=batches, steps=steps, outdir=self.options.outdir),
+            tqdm(total=steps, unit="step", disable=None if wordy else True) as bar,
             logging_redirect_tqdm(),
+            Interrupt() as interrupt,
+            Background() as background,
         ):
-            for number, (batch, walk) in enumerate(zip(plan, steps, strict=True), 1):
-                wanted = range(len(batch)) if only is None else [only]
-                noise = self.noise.of(batch)
-                before = deepcopy(noise.history)
-                self.tell("batch", batch=number, of=len(plan), steps=walk, pictures=[asked(batch[i]) for i in wanted])
-                logger.debug("batch %d of %d: %d pictures, %s, %d steps, seed %d", number, len(plan), len(batch),
-                             batch[0].sampler, walk, batch[0].seed)
-                try:
-                    pictures = self.pipeline.generate(batch, noise, self._watch(bar, preview, number, walk))
-                except OutOfMemory:
-                    raise
-                except LdmError as error:
-                    logger.error("%s: %s", describe(batch[0]), error)
-                    for index in wanted:
-                        self.tell("failed", error=str(error), **asked(batch[index]))
-                    summary.failed += len(wanted)
+            for number, part in enumerate(parts, 1):
+                background.check()
+                for job in part.done:
+                    background.do(pass_by, job)
+                first, walk = part.jobs[0].request, self._walk(part.jobs)
+                if not part.wanted:
+                    if part.after is not None and first.seed_mode == "run":
+                        self.noise.of([first]).reach(part.after)
+                    bar.update(walk)
                     continue
-                for index in wanted:
-                    if isinstance(pictures[index], Picture):
-                        made = self.finish(pictures[index])
-                        keep(made, self.recorder.png_info(made, batch, index, before))
-                        summary.made += 1
-                    else:
-                        logger.error("%s: %s", describe(batch[index]), pictures[index])
-                        self.tell("failed", error=str(pictures[index]), **asked(batch[index]))
+                interrupt.busy = True
+                self.tell("batch", batch=number, of=batches, steps=walk,
+                          pictures=[asked(job.request) for job in part.wanted])
+                logger.debug("batch %d of %d: %d pictures, %s, %d steps, seed %d", number, batches, len(part.jobs),
+                             first.sampler, walk, first.seed)
+                watch = partial(self._watch, bar, preview, number, walk)
+                for drawn in self._sample(part.jobs, part.before, watch):
+                    if drawn.job not in part.wanted:
+                        continue
+                    if isinstance(drawn.outcome, LdmError):
+                        if drawn.outcome is not last:  # once for a batch that failed as a whole
+                            logger.error("%s: %s", describe(drawn.job), drawn.outcome)
+                        last = drawn.outcome
+                        self.tell("failed", error=str(drawn.outcome), **asked(drawn.job.request))
                         summary.failed += 1
-            at_the_end()
+                    background.do(finish, drawn)
+                interrupt.busy = False
+                summary.interrupted = interrupt.asked
+                if interrupt.asked or (summary.failed and self.options.stop_on_error):
+                    break
+            else:
+                background.wait()
+                close()
         return summary
 
+    def _sample(
+        self, jobs: Sequence[Job], before: list[list[int]] | None, watch: Callable[[], OnStep]
+    ) -> Iterator[Drawn]:
+        """Draw jobs together; where the memory does not hold them, in halves.
 
-def describe(request: Request) -> str:
-    """A request in a few words, for a message."""
-    return repr(request.prompt) if request.prompt else request.init_img or "a picture"
+        before: the history that the noise is brought to first. Raises OutOfMemory where it does not hold one picture
+        that is not a row of a file: then it holds none of the others, either.
+        """
+        requests = [job.request for job in jobs]
+        noise, begun = self.noise.of(requests), time.monotonic()
+        if before is not None:
+            noise.reach(before)
+        before = deepcopy(noise.history)
+        try:
+            outcomes = self.pipeline.generate(requests, noise, watch())
+        except LdmError as error:
+            failed = type(error)(*error.args)  # without the traceback, which holds on to the batch's memory
+        else:
+            seconds, after = (time.monotonic() - begun) / len(jobs), deepcopy(noise.history)
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                yield Drawn(job, outcome, jobs, before, after, seconds)
+            return
+        noise.reach(before)
+        if not isinstance(failed, OutOfMemory):
+            for job in jobs:
+                yield Drawn(job, failed, jobs, before, before, 0.0)
+        elif len(jobs) > 1:
+            half = len(jobs) // 2
+            halves = chain(self._sample(jobs[:half], None, watch), self._sample(jobs[half:], None, watch))
+            for index, drawn in enumerate(halves):
+                if not index and isinstance(drawn.outcome, Picture):
+                    logger.warning("%s (it was enough for %d)", failed, len(drawn.batch))
+                yield drawn
+        elif jobs[0].place:
+            yield Drawn(jobs[0], failed, jobs, before, before, 0.0)
+        else:
+            raise failed
 
 
-def asked(request: Request) -> dict[str, Any]:
-    """What tells a request from the others of its batch, for an event."""
-    return {name: getattr(request, name) for name in OF_A_PICTURE}
+def describe(job: Job) -> str:
+    """A picture in a few words, for a message."""
+    request = job.request
+    what = repr(request.prompt) if request.prompt else request.init_img or "a picture"
+    return f"{job.place}, {what}" if job.place else what

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,12 @@ from typing import Any
 from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import Parser, pick
 from ldm.generation.events import Tell, as_json, as_path
-from ldm.generation.options import ModelOptions, RunOptions, find
+from ldm.generation.options import INTERRUPTED, ModelOptions, RunOptions, find
 from ldm.generation.request import Request
 from ldm.generation.rows import Row, read_rows, row_parser
 from ldm.generation.settings import toml
 
 logger = logging.getLogger(__name__)
-
-INTERRUPTED = 130
 
 
 def execute(main: Callable[[], int]) -> int:
@@ -124,7 +123,18 @@ def draw(args: Namespace, rows: Sequence[Row]) -> int:
 
     chosen = choose(model)
     chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
-    return open_run(rows, model, run, teller(args), chosen).draw(rows).exit_code
+    summary = open_run(rows, model, run, teller(args), chosen).draw(rows)
+    if summary.interrupted:
+        logger.error("interrupted; the pictures written so far are whole%s", how_to_resume(args))
+    return summary.exit_code
+
+
+def how_to_resume(args: Namespace) -> str:
+    """The command that goes on with this one, where there is such a command."""
+    if not hasattr(args, "go_on"):
+        return ""
+    words = [word for word in sys.argv if word != "--resume"]
+    return f"; this goes on: python {shlex.join([*words, '--resume'])}"
 
 
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:

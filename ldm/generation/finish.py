@@ -16,13 +16,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture as it is written, the same without its watermark (for the grid), and what was done to it.
+    """A picture as it is written, and what was done to it.
 
     watermark: the method that it can be read back with, or None. safety: what the checker found, "" where none looked.
     """
 
     image: Image.Image
-    unmarked: Image.Image
     request: Request
     watermark: str | None
     safety: str
@@ -45,7 +44,7 @@ class Finisher:
     def __call__(self, picture: Picture) -> Finished:
         image, found = self.check(picture.image)
         marked, method = self.mark(image)
-        return Finished(marked, image, picture.request, method, found, picture.cut)
+        return Finished(marked, picture.request, method, found, picture.cut)
 
     def check(self, image: Image.Image) -> tuple[Image.Image, str]:
         """The picture after the safety action, and what the checker says of it."""

@@ -57,6 +57,21 @@ class Noise:
         noise = self._starts.get(like.shape[1:])
         return noise[:len(like)] if noise is not None and len(noise) >= len(like) else None
 
+    def reach(self, history: Sequence[Sequence[int]]) -> None:
+        """Draw what is missing until `history` is what has been drawn, from the start if something else has been."""
+        *whole, last = self.history or [[]]
+        following = history[len(whole):len(whole) + 1]
+        ahead = following and list(following[0][:-1]) == last[:-1] and following[0][-1] >= last[-1]
+        if self.history and not (list(map(list, history[:len(whole)])) == whole and ahead):
+            for generator in self.generators:
+                generator.manual_seed(generator.initial_seed())
+            self.history, self._start = [], None
+        if not self.history:
+            self.repeat(history)
+        else:
+            *shape, count = history[len(whole)]
+            self.repeat([[*shape, count - last[-1]], *history[len(whole) + 1:]])
+
 
 class NoiseSource:
     """The noise of each batch of a run."""

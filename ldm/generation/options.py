@@ -11,6 +11,7 @@ PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
 MEMORIES = ("auto", "low", "lowest")
 SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
 WATERMARK = "StableDiffusionV1"
+INTERRUPTED = 130  # the exit code
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -45,6 +46,7 @@ class RunOptions:
 
     batch_size: pictures sampled together. n_iter: how often the whole list of requests is gone through.
     n_rows: pictures in a row of the grid, 0 for the batch size. watermark: the text to embed, "" for none.
+    stop_on_error: end at the first picture that fails. go_on: with the run of the same rows that is in the folder.
     preview: steps from one preview to the next, 0 for none.
     """
 
@@ -56,6 +58,8 @@ class RunOptions:
     skip_save: bool = False
     watermark: str = WATERMARK
     safety: str = "auto"
+    stop_on_error: bool = False
+    go_on: bool = False
     preview: int = 0
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Reading pictures of any kind as RGB, and the one place that writes a PNG: whole or not at all, never over another."""
 
 import errno
+import filecmp
 import io
 import logging
 import os
@@ -166,7 +167,7 @@ class Numbered:
         with _finished(self.folder, image, info) as temporary:
             if self._next is None:
                 _clean(self.folder)
-                self._next = self._highest() + 1
+                self._next = self.highest() + 1
             number = self._next
             while True:
                 path = self.folder / (self.pattern % number)
@@ -176,7 +177,24 @@ class Numbered:
                     self._next = number
                     return path
 
-    def _highest(self) -> int:
+    def save_as(self, number: int, spare: int, image: Image.Image, info: PngImagePlugin.PngInfo | None = None) -> Path:
+        """Write a picture under this number, or, where another one has it, under the first free from `spare` on.
+
+        A file that is there already, byte for byte, is taken for written. Raises OutputError.
+        """
+        with _finished(self.folder, image, info) as temporary:
+            while True:
+                path = self.folder / (self.pattern % number)
+                try:
+                    _publish(temporary, path)
+                    return path
+                except FileExistsError:
+                    if filecmp.cmp(temporary, path, shallow=False):
+                        return path
+                number = max(number + 1, spare, self.highest() + 1)
+
+    def highest(self) -> int:
+        """The highest number present, -1 where there is none."""
         before, width, after = re.fullmatch(r"(.*)%0(\d+)d(.*)", self.pattern).groups()
         # Up to nine digits: a longer number is a date or a hash, not one of ours.
         name = re.compile(rf"{re.escape(before)}(\d{{{width},9}}){re.escape(after)}")
@@ -194,6 +212,8 @@ class Outdir:
         self.path = check_outdir(path)
         self.samples = Numbered(check_outdir(self.path / "samples"), "%05d.png")
         self.grids = Numbered(self.path, "grid-%04d.png")
+        _clean(self.samples.folder)
+        _clean(self.path)
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:

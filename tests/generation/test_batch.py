@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from ldm.errors import LdmError, NumericalError, OutOfMemory, OutputError, RequestError
-from ldm.generation.batch import Run, Summary, batches, settings
+from ldm.generation.batch import Run, Summary
 from ldm.generation.finish import Finisher
 from ldm.generation.options import RunOptions
+from ldm.generation.plan import plan, settings
 from ldm.generation.record import HOW, Recorder, Replay
 from ldm.generation.request import Request
 from ldm.generation.rows import Row
@@ -20,26 +21,38 @@ SMALL = {"width": 32, "height": 32, "steps": 2, "sampler": "ddim", "scale": 1.0}
 
 
 def prompts(batch):
-    return [request.prompt for request in batch]
+    return [job.request.prompt for job in batch]
 
 
 def seeds(batch):
-    return [request.seed for request in batch]
+    return [job.request.seed for job in batch]
 
 
 def test_every_round_goes_through_all_the_prompts_and_its_last_batch_may_be_short():
-    plan = list(batches([Row(Request(prompt=letter)) for letter in "abcde"], batch_size=2, n_iter=2))
-    assert list(map(prompts, plan)) == [["a", "b"], ["c", "d"], ["e"]] * 2
+    batches = plan([Row(Request(prompt=letter)) for letter in "abcde"], batch_size=2, n_iter=2)
+    assert list(map(prompts, batches)) == [["a", "b"], ["c", "d"], ["e"]] * 2
 
 
 def test_a_batch_ends_where_the_settings_change():
     requests = [Request(prompt="a"), Request(prompt="b", negative_prompt="c"), Request(steps=7), Request(seed=3)]
-    assert list(map(len, batches(list(map(Row, requests)), batch_size=8, n_iter=1))) == [2, 1, 1]
+    assert list(map(len, plan(list(map(Row, requests)), batch_size=8, n_iter=1))) == [2, 1, 1]
+
+
+def test_rows_that_are_alike_share_a_batch_where_others_lie_between_them():
+    rows = [Row(Request(prompt=letter, steps=5 + index % 2)) for index, letter in enumerate("abcdef")]
+    batches = list(plan(rows, batch_size=2, n_iter=1))
+    assert list(map(prompts, batches)) == [["a", "c"], ["b", "d"], ["e"], ["f"]]
+    assert [[job.index for job in batch] for batch in batches] == [[0, 2], [1, 3], [4], [5]]
+
+
+def test_a_row_with_a_seed_of_its_own_has_it_wherever_it_stands():
+    rows = [Row(Request(seed=7, seed_mode="image")), Row(Request(seed=90, seed_mode="image"), seeded=True)]
+    assert list(map(seeds, plan(rows, batch_size=2, n_iter=2))) == [[7, 90], [9, 91]]
 
 
 def test_in_image_mode_the_seeds_go_on_through_the_run_and_may_meet_in_one_batch():
     rows = [Row(Request(seed=7, seed_mode="image"))] * 3
-    assert list(map(seeds, batches(rows, batch_size=2, n_iter=2))) == [[7, 8], [9], [10, 11], [12]]
+    assert list(map(seeds, plan(rows, batch_size=2, n_iter=2))) == [[7, 8], [9], [10, 11], [12]]
     assert settings(Request(seed=1, seed_mode="image")) == settings(Request(seed=2, seed_mode="image"))
     assert settings(Request(seed=1)) != settings(Request(seed=2))
 
@@ -102,7 +115,7 @@ def test_each_file_is_told_as_soon_as_it_is_there(run, tmp_path):
 def test_a_batch_that_fails_takes_no_other_with_it(run, caplog):
     going = run({1: NumericalError("it came to nothing")}, batch_size=2)
     assert going.draw(rows("abcde")) == Summary(made=3, failed=2)
-    assert [path.name for path in saved(going)] == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
+    assert [path.name for path in saved(going)] == ["00000.png", "00001.png", "00004.png", "grid-0000.png"]
     assert caplog.messages == ["'c': it came to nothing"]
 
 
@@ -128,8 +141,20 @@ def test_what_would_fail_again_ends_the_run(run, tmp_path):
     going.tell = lose_the_folder
     with pytest.raises(OutputError, match="has disappeared"):
         going.draw(rows("abc"))
-    assert [event for event, _ in going.told].count("batch") == 2
+    assert [event for event, _ in going.told].count("batch") in (2, 3)  # the third may have begun
     assert read_image(tmp_path / "elsewhere/00001.png").size == (32, 32)
+
+
+def test_a_batch_that_is_too_large_is_drawn_in_halves_and_a_row_that_still_is_fails(run, caplog):
+    full = OutOfMemory("no room")
+    going = run({0: full, 2: full, 4: full}, batch_size=4)  # 4; then 2; 2, 1, 1
+    rows_of_a_file = [replace(row, place=f"line {n}") for n, row in enumerate(rows("abcd"), 1)]
+    assert going.draw(rows_of_a_file) == Summary(made=3, failed=1)
+    assert [path.name for path in saved(going)] == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
+    assert caplog.messages == ["no room (it was enough for 2)", "no room (it was enough for 1)", "line 4, 'd': no room"]
+    again = run()
+    again.redraw(Replay.read(saved(going)[2]))
+    assert saved(again)[0].read_bytes() == saved(going)[2].read_bytes()
 
 
 def test_a_row_that_the_model_cannot_draw_is_told_before_anything_is_drawn(run, tmp_path):

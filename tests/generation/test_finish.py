@@ -33,10 +33,9 @@ def checker(flags: bool) -> SafetyChecker:
     return SafetyChecker(network)
 
 
-def test_a_picture_is_marked_and_its_unmarked_self_kept_for_the_grid():
+def test_a_picture_is_marked_and_what_was_done_to_it_told():
     finished = Finisher(RunOptions(safety="off"))(Picture(NOISE, Request(prompt="a fox"), "and a dog"))
     assert read_watermark(finished.image).method == finished.watermark
-    assert finished.unmarked is NOISE
     assert (finished.request.prompt, finished.safety, finished.cut) == ("a fox", "", "and a dog")
 
 
@@ -79,8 +78,6 @@ def test_what_is_done_to_a_flagged_picture_is_told_in_the_log_and_the_record(cap
     pixels = np.asarray(finished.image)
     assert (pixels.max() == 0) == (action == "black")
     assert (finished.image is NOISE) == (action == "flag")
-    # The grid shows no more than the picture does.
-    assert finished.unmarked is finished.image
 
 
 def test_a_picture_that_passes_is_never_changed(caplog):

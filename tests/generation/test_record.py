@@ -19,7 +19,7 @@ def recorded(tmp_path):
 
     def write(*batch, index=0, noise=(), change=lambda record: record):
         image = Image.new("RGB", (8, 16))
-        made = Finished(image, image, batch[index], "dwtDct", "passed", "and a dog")
+        made = Finished(image, batch[index], "dwtDct", "passed", "and a dog")
         recorder = Recorder(tmp_path / "config.yaml", tmp_path / "weights.ckpt", RUN)
         info = PngImagePlugin.PngInfo()
         path = tmp_path / "picture.png"

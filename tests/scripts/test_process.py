@@ -55,10 +55,28 @@ def test_an_interrupted_run_exits_with_130_and_leaves_whole_pictures(start, tmp_
     run.send_signal(signal.SIGINT)
     rest, said = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert said.splitlines() == ["interrupted; the pictures written so far are whole"]
+    finishing, end = said.splitlines()
+    assert finishing == "finishing the current batch; Ctrl-C again stops at once"
+    assert end.startswith("interrupted; the pictures written so far are whole; this goes on: python ")
+    assert end.endswith("--n_iter 1000 --resume")
     printed = [Path(line).name for line in (first + rest).splitlines()]
     assert printed[0] == "00000.png"
-    assert printed == whole_pictures(tmp_path / "out/samples")[:len(printed)]
+    assert printed == whole_pictures(tmp_path / "out/samples")
+
+
+def test_a_second_interrupt_stops_at_once(start, tmp_path):
+    run = start("--ddim_steps", 1000, "--n_iter", 2, "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True)
+    while '"step": 3' not in run.stdout.readline():
+        pass
+    run.send_signal(signal.SIGINT)
+    while "finishing" not in run.stderr.readline():
+        pass
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert said.splitlines() == ["interrupted; the pictures written so far are whole"]
+    assert whole_pictures(tmp_path / "out/samples") == []
 
 
 def test_a_reader_that_goes_away_stops_no_picture(start, tmp_path):
