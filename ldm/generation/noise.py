@@ -65,7 +65,7 @@ class Noise:
         if self.history and not (list(map(list, history[:len(whole)])) == whole and ahead):
             for generator in self.generators:
                 generator.manual_seed(generator.initial_seed())
-            self.history, self._start = [], None
+            self.history, self._starts = [], {}
         if not self.history:
             self.repeat(history)
         else:

@@ -84,16 +84,6 @@ def read_rows(path: str | Path, parse: Parse) -> list[Row]:
     return rows
 
 
-def stream_rows(source: Iterable[str], parse: Parse) -> Iterator[list[Row] | RequestError]:
-    """The rows of each line as it arrives, or what is wrong with it: text, or JSON where it begins with `{"`."""
-
-    def split(line: str) -> Sequence[str]:
-        return split_json(line) if line.lstrip().startswith('{"') else split_text(line)
-
-    numbered = ((number, line) for number, line in enumerate(source, 1) if line.strip())
-    return rows_of("standard input", numbered, split, parse)
-
-
 def rows_of(
     source: object, numbered: Iterable[tuple[int, str | Mapping]], split: Split, parse: Parse
 ) -> Iterator[list[Row] | RequestError]:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ldm.generation.noise import Noise, NoiseSource
@@ -62,3 +63,29 @@ def test_history_brings_another_noise_to_the_same_point():
     other = fresh()
     other.repeat(one.history)
     assert torch.equal(one(torch.empty(2, 4, 8, 8)), other(torch.empty(2, 4, 8, 8)))
+
+
+@pytest.mark.parametrize("fixed_start", [False, True])
+def test_reach_comes_to_a_history_from_before_it_and_from_beyond_it(fixed_start):
+    def fresh() -> Noise:
+        return Noise([torch.Generator().manual_seed(3)], fixed_start)
+
+    def go(noise: Noise, batches: int) -> None:
+        for _ in range(batches):
+            like = torch.empty(2, 4, 8, 8)
+            noise.start(like)
+            noise(like)
+        noise(torch.empty(1, 4, 8, 8))
+
+    there = fresh()
+    go(there, 3)
+    before, behind, beyond = fresh(), fresh(), fresh()
+    behind(torch.empty(2, 4, 8, 8))
+    go(beyond, 5)
+    for noise in (before, behind, beyond):
+        noise.reach(there.history)
+        assert noise.history == there.history
+    like = torch.empty(2, 4, 8, 8)
+    wanted = [there.start(like), there(like)]
+    for noise in (before, beyond):
+        assert all(map(torch.equal, wanted, [noise.start(like), noise(like)]))

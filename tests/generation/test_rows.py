@@ -9,7 +9,7 @@ from ldm.errors import RequestError
 from ldm.generation import arguments
 from ldm.generation.geometry import Geometry
 from ldm.generation.loading import check_rows
-from ldm.generation.rows import Row, read_rows, row_parser, stream_rows
+from ldm.generation.rows import Row, read_rows, row_parser
 
 
 def add_request(parser: arguments.Parser) -> None:
@@ -142,12 +142,6 @@ def test_what_a_script_cannot_do_without_may_be_given_in_either_place(read):
         == ["a.png", "b.png"]
     with pytest.raises(RequestError, match="line 1: --init-img FILE is missing"):
         read("a\nb --init-img b.png", needs=["init_img"])
-
-
-def test_lines_that_arrive_are_rows_or_errors_each_by_itself():
-    found = list(stream_rows(["a {red,blue} fox\n", "\n", '{"prompt": "a hare"}\n', "b --seed x\n"], parser()))
-    assert [prompts(one) for one in found[:2]] == [["a red fox", "a blue fox"], ["a hare"]]
-    assert str(found[2]).startswith("standard input, line 4: ")
 
 
 def test_sizes_and_pictures_are_checked_together_before_there_is_a_model(read):
