@@ -41,7 +41,7 @@ class Saving:
     network: bool = False
 
 
-SAVINGS = {"auto": Saving(2**26), "low": Saving(2**23, stages=True), "lowest": Saving(2**22, stages=True, network=True)}
+SAVINGS = {"auto": Saving(2**26), "low": Saving(2**22, stages=True), "lowest": Saving(2**21, stages=True, network=True)}
 
 
 def pick_device(name: str = "auto") -> torch.device:

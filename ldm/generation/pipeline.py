@@ -58,7 +58,7 @@ class Pipeline:
         inputs = read_inputs(batch[0], self.geometry)
         image, mask = inputs.tensors(device)
         too_much = (f"not enough memory on {device} for a batch of {len(batch)} at {inputs.width}x{inputs.height}: "
-                    "make either smaller, or try --precision bf16")
+                    "make either smaller, or try --memory lowest or --precision bf16")
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
             told = stages.condition(self.model, batch, image, mask, steps)
