@@ -114,7 +114,7 @@ class Replay:
             how |= {name: record["run"].get(name, []) for name in ADAPTERS}
             index = range(len(requests)).index(batch["index"])
             return cls(requests, index, noise, how, str(model["checkpoint"]), str(model["sha256"]))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, RequestError):
                 raise
             raise ImageError(f"the record in {path} is not complete: {error!r}") from error

@@ -51,6 +51,8 @@ class Request:
     class_label: int | None = None
 
     def __post_init__(self) -> None:
+        check_text("prompt", self.prompt)
+        check_text("negative_prompt", self.negative_prompt)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("seed_mode", self.seed_mode, SEED_MODES)
@@ -82,6 +84,14 @@ class Request:
         if unknown:
             raise RequestError(f"this version does not know the settings {', '.join(unknown)}")
         return cls(**record)
+
+
+def check_text(name: str, text: str) -> None:
+    """Reject what is no text: a byte of the command line that the terminal's encoding does not know."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} must be UTF-8, got {ascii(text)}; set the terminal to UTF-8") from error
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

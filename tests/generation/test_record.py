@@ -71,6 +71,7 @@ def test_a_record_is_read_back_whole(recorded):
         lambda record: record | {"run": {"device": "cpu"}},
         lambda record: record | {"model": None},
         lambda record: record | {"request": record["request"] | {"steps": "fifty"}},
+        lambda record: record | {"batch": record["batch"] | {"requests": [{"prompt": 5}]}},
     ],
 )
 def test_a_record_that_lacks_something_is_an_error_and_no_surprise_later(recorded, change):

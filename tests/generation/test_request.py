@@ -24,6 +24,8 @@ from ldm.generation.request import ETA_SAMPLERS, SAMPLERS, SCHEDULES, Request, c
         ({"schedule": "magic"}, "schedule must be one of default"),
         ({"seed_mode": "magic"}, "seed_mode must be one of run, image"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"prompt": "fox \udcff"}, r"prompt must be UTF-8, got 'fox \\udcff'"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt must be UTF-8"),
         ({"width": 0}, "width must be positive"),
         ({"height": -64}, "height must be positive"),
         ({"mask": "mask.png"}, "a mask needs the picture"),

@@ -184,6 +184,7 @@ def test_a_config_that_names_what_is_not_there_says_what(txt2img, models, change
         (["--plms", "--ddim_eta", 0.5], ["ddim_eta must be 0 with plms", "only ddim takes an eta"]),
         (["--sampler", "ddim", "--ddim_eta", 2], ["ddim_eta must be from 0.0 to 1.0"]),
         (["--sampler", "dpmpp"], ["invalid choice: 'dpmpp'", "dpmpp_2m"]),
+        (["--prompt", "a fox \udcff"], ["prompt must be UTF-8"]),
         (["--seed", -1], ["seed must be from 0"]),
         (["--n_samples", 0], ["must be at least 1, got 0"]),
         (["--n_iter", 0], ["n_iter must be at least 1, got 0"]),
