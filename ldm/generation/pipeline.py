@@ -15,6 +15,7 @@ from ldm.generation.geometry import Geometry
 from ldm.generation.inputs import Inputs, read_inputs
 from ldm.generation.noise import Noise
 from ldm.generation.request import Request
+from ldm.generation.words import Known
 from ldm.image.io import to_image
 from ldm.memory import as_out_of_memory, autocast
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -39,6 +40,7 @@ class Pipeline:
         self.geometry = geometry
         self.precision = precision
         self.schedule = sampling.Schedule(model.alphas_cumprod)
+        self.known: Known = {}
 
     def check(self, request: Request) -> None:
         """Raise RequestError for what this model cannot draw, before anything is drawn."""
@@ -61,7 +63,7 @@ class Pipeline:
                     "make either smaller, or try --memory lowest or --precision bf16")
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
-            told = stages.condition(self.model, batch, image, mask, steps)
+            told = stages.condition(self.model, batch, image, mask, steps, self.known)
             latents = self._sample(batch, told, image, mask, inputs.size, draw, on_step)
             cuts = told.cut or [""] * len(batch)
             # One by one, for the memory of a single picture.

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation.request import Request
-from ldm.generation.words import Words, script
+from ldm.generation.words import Known, Words, script
 from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,17 @@ def check(model: LatentDiffusion, request: Request) -> None:
 
 
 def condition(
-    model: LatentDiffusion, batch: Sequence[Request], image: Tensor | None, mask: Tensor | None, steps: int
+    model: LatentDiffusion,
+    batch: Sequence[Request],
+    image: Tensor | None,
+    mask: Tensor | None,
+    steps: int,
+    known: Known | None = None,
 ) -> Condition:
     """Encode the prompts, classes or pictures that this model takes.
 
-    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; steps: how many are walked.
+    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; steps: how many are walked;
+    known: the texts that have been encoded, to which these are added.
     Raises RequestError as `check` does.
     """
     for request in batch:
@@ -71,7 +77,7 @@ def condition(
         return Condition(None, None)
     if hasattr(model.cond_stage_model, "n_classes"):
         return class_condition(model, batch)
-    words = text_condition(model, batch, steps)
+    words = text_condition(model, batch, steps, known)
     if key != "hybrid":
         return words
     concat = masked_latents(model, image, mask, len(batch))
@@ -84,10 +90,12 @@ def condition(
     return with_picture(words)
 
 
-def text_condition(model: LatentDiffusion, batch: Sequence[Request], steps: int) -> Condition:
+def text_condition(
+    model: LatentDiffusion, batch: Sequence[Request], steps: int, known: Known | None = None
+) -> Condition:
     """Encode prompts, and their negatives where the scale asks for guidance: (b, tokens, channels) each."""
     texts = script(batch, steps)
-    words = Words(model, chain.from_iterable(texts.values()), batch[0])
+    words = Words(model, chain.from_iterable(texts.values()), batch[0], known)
     count = len(batch)
 
     @cache

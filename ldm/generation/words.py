@@ -10,6 +10,11 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.prompt import Weighted, merge_schedules, parse_weights, plain_text, prompt_schedule
 from ldm.sampling.guidance import stack
 
+KEPT = 256  # texts: those that were wanted last
+
+# (text, prompt_weights, chunks) -> states, in the order in which they were wanted.
+Known = dict[tuple[str, bool, int | None], Any]
+
 
 def script(batch: Sequence[Request], steps: int) -> dict[int, tuple[str, ...]]:
     """The prompts, then the negative ones where the scale asks for guidance, under the first step they hold for."""
@@ -25,16 +30,24 @@ class Words:
     """Prompts as states; each text is encoded once, by itself, so that they do not depend on its neighbours.
 
     texts: all that will be asked for. request: how they are read (`prompt_weights`) and encoded (`long_prompt`); in
-    chunks, all have as many as the longest needs. Raises RequestError where the encoder cannot weigh words.
+    chunks, all have as many as the longest needs. known: the states of earlier batches, to which these are added.
+    Raises RequestError where the encoder cannot weigh words.
     """
 
-    def __init__(self, model: LatentDiffusion, texts: Iterable[str], request: Request):
+    def __init__(self, model: LatentDiffusion, texts: Iterable[str], request: Request, known: Known | None = None):
         self.model, self.encoder = model, model.cond_stage_model
         read = {text: parse_weights(text) if request.prompt_weights else [(text, 1.0)] for text in texts}
         self.plain = {text: plain_text(prompt) for text, prompt in read.items()}
         chunked = request.long_prompt == "chunk"
         self.count = max(len(self.encoder.chunks(text)) for text in self.plain.values()) if chunked else None
-        self.states = {text: self._encode(self.plain[text], prompt) for text, prompt in read.items()}
+        known = {} if known is None else known
+        self.states = {}
+        for text, prompt in read.items():
+            key = text, request.prompt_weights, self.count
+            self.states[text] = known.pop(key) if key in known else self._encode(self.plain[text], prompt)
+            known[key] = self.states[text]
+        while len(known) > KEPT:
+            del known[next(iter(known))]
 
     def _encode(self, text: str, prompt: Sequence[Weighted]) -> Any:
         if self.count is None:

@@ -92,6 +92,7 @@ def test_a_batch_has_a_script_for_each_picture_and_for_what_each_steers_away_fro
 
 
 def test_each_distinct_text_is_encoded_once(plain, network, monkeypatch):
+    monkeypatch.setattr(plain, "known", {})
     encoded = []
     encode = plain.model.cond_stage_model.encode
     monkeypatch.setattr(plain.model.cond_stage_model, "encode", lambda texts: encoded.extend(texts) or encode(texts))
