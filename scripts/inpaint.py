@@ -10,6 +10,7 @@ Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memor
 """
 
 import sys
+from pathlib import Path
 
 from ldm.generation import arguments
 from ldm.generation.command import draw, draw_files, execute, mask_pairs, replay, rows
@@ -43,6 +44,8 @@ def parse(argv: list[str] | None = None):
         return args
     if sum(map(bool, (args.indir, args.init_img or args.from_file, args.replay))) != 1:
         parser.error("name a picture with --init-img FILE --mask FILE, or a folder of pairs with --indir DIR")
+    if args.indir and Path(args.indir).resolve() == Path(args.outdir).resolve():
+        parser.error("--outdir must be another folder than --indir: the pictures keep their names")
     if args.init_img and not (args.mask or args.from_file):
         parser.error("name what is repainted with --mask FILE: white is drawn anew")
     return args

@@ -91,7 +91,7 @@ def check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{name} must be UTF-8, got {ascii(text)}; set the terminal to UTF-8") from error
+        raise RequestError(f"{name} must be UTF-8, got {text!a}; set the terminal to UTF-8") from error
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

@@ -264,6 +264,7 @@ def test_a_strength_that_is_no_part_of_1_is_wrong_usage(img2img, photo, strength
         ("inpaint", ["--init-img", "photo.png", "--mask", "mask.png", "--indir", "."], ["or a folder"]),
         ("inpaint", ["--indir", "nowhere"], ["there is no folder nowhere"]),
         ("inpaint", ["--indir", "."], ["has no pair NAME.png, NAME_mask.png"]),
+        ("inpaint", ["--indir", "photos", "--outdir", "photos/"], ["--outdir must be another folder than --indir"]),
         ("img2img", ["--replay", "photo.png"], ["photo.png carries no record of its making"]),
         ("img2img", ["--replay", "nowhere.png"], ["there is no picture at nowhere.png"]),
     ],
