@@ -81,7 +81,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 # ------------------------------------------------------------------------------------------------------------- fetching
 
-@pytest.mark.parametrize("sha256", [PUBLISHED, ""])
+@pytest.mark.parametrize("sha256", [PUBLISHED, ""], ids=["pinned", "as the hub says"])
 def test_a_file_comes_under_its_own_name_and_is_linked_at_the_usual_one(sha256, run, tmp_path):
     code, out, err = run(sha256=sha256)
     assert (code, out) == (0, "models/tiny/model.ckpt"), err
