@@ -123,9 +123,13 @@ def draw(args: Namespace, rows: Sequence[Row]) -> int:
 
     chosen = choose(model)
     chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
-    summary = open_run(rows, model, run, teller(args), chosen).draw(rows)
+    return end(open_run(rows, model, run, teller(args), chosen).draw(rows), how_to_resume(args))
+
+
+def end(summary: Any, hint: str = "") -> int:
+    """The exit code of a run, from its Summary; of one that was interrupted, that what is there is whole."""
     if summary.interrupted:
-        logger.error("interrupted; the pictures written so far are whole%s", how_to_resume(args))
+        logger.error("interrupted; the pictures written so far are whole%s", hint)
     return summary.exit_code
 
 
@@ -144,14 +148,16 @@ def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
         return explain(args, list(map(Row, names)))
     missing = {request: name for request, name in names.items() if not (Path(args.outdir) / name).exists()}
     if len(missing) < len(names):
-        logger.warning("%d pictures are in %s already and are left as they are", len(names) - len(missing), args.outdir)
+        there = len(names) - len(missing)
+        logger.warning("%d of %d pictures are in %s already and left as they are", there, len(names), args.outdir)
     if not missing:
         return 0
     model, run = pick(ModelOptions, args), pick(RunOptions, args)
 
     from ldm.generation.loading import choose, open_run
 
-    return open_run(list(map(Row, missing)), model, run, teller(args), choose(model)).draw_files(missing).exit_code
+    ready = open_run(list(map(Row, missing)), model, run, teller(args), choose(model))
+    return end(ready.draw_files(missing), "; the same command goes on with the rest")
 
 
 def mask_pairs(folder: str) -> list[tuple[Path, Path]]:
@@ -190,7 +196,7 @@ def replay(args: Namespace) -> int:
             logger.warning("the picture was made with %s %r, not %r: it may differ", name, then[name], now[name])
     for line in differences(then, now):
         logger.warning("%s", line)
-    return ready.redraw(recorded).exit_code
+    return end(ready.redraw(recorded))
 
 
 def prefer(given: ModelOptions | RunOptions, recorded: Mapping[str, Any]) -> ModelOptions | RunOptions:

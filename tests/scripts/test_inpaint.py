@@ -122,7 +122,7 @@ def test_a_folder_of_pairs_keeps_its_names_and_what_is_there_is_left_as_it_is(in
     before = Path("out/a.png").read_bytes()
     again = inpaint("--indir", folder, "--outdir", "out", kind="pairs")
     assert again.out == ["out/b.png"]
-    assert again.said == "1 pictures are in out already and are left as they are"
+    assert again.said == "1 of 2 pictures are in out already and left as they are"
     assert Path("out/a.png").read_bytes() == before
     nothing = inpaint("--indir", folder, "--outdir", "out", kind="pairs")
     assert (nothing.code, nothing.out) == (0, [])

@@ -17,10 +17,10 @@ HEAVY = {"torch", "numpy", "PIL", "cv2", "transformers", "omegaconf", "safetenso
 
 @pytest.fixture
 def start(models, tmp_path):
-    """Start txt2img on the tiny text model in a process of its own: start("--n_iter", 3, stdout=...)."""
+    """Start a script, txt2img by default, in a process of its own: start("--n_iter", 3, stdout=...)."""
 
-    def start(*options: object, **streams) -> subprocess.Popen:
-        line = [sys.executable, ROOT / "scripts/txt2img.py", "--ckpt", models["text"], "--watermark", "off", "--safety",
+    def start(*options: object, script: str = "txt2img", kind: str = "text", **streams) -> subprocess.Popen:
+        line = [sys.executable, ROOT / f"scripts/{script}.py", "--ckpt", models[kind], "--watermark", "off", "--safety",
                 "off", "--skip_grid", "--n_samples", 1, "--device", "cpu", "--outdir", "out", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
         return subprocess.Popen(list(map(str, line)), cwd=tmp_path, env=environment, **streams)
@@ -62,6 +62,22 @@ def test_an_interrupted_run_exits_with_130_and_leaves_whole_pictures(start, tmp_
     printed = [Path(line).name for line in (first + rest).splitlines()]
     assert printed[0] == "00000.png"
     assert printed == whole_pictures(tmp_path / "out/samples")
+
+
+def test_a_folder_of_pairs_that_was_interrupted_goes_on_with_the_rest(start, photo, mask, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(200):
+        (folder / f"{number}.png").symlink_to(photo)
+        (folder / f"{number}_mask.png").symlink_to(mask)
+    run = start("--indir", folder, "--steps", 2, script="inpaint", kind="pairs", stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert said.splitlines()[-1].endswith("are whole; the same command goes on with the rest")
+    assert 0 < len(whole_pictures(tmp_path / "out")) < 200
 
 
 def test_a_second_interrupt_stops_at_once(start, tmp_path):
