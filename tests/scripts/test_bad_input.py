@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,17 @@ def test_an_output_folder_where_a_file_is_in_the_way_is_wrong_usage(txt2img, out
     Path("taken").write_text("mine")
     check(txt2img("--outdir", outdir), 2, "a file is in the way", "--outdir")
     assert Path("taken").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a disk")
+def test_an_output_folder_on_a_disk_that_is_read_only_is_wrong_usage(txt2img):
+    Path("disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", "disk"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        check(txt2img("--outdir", "disk/out"), 2, "not allowed to write in disk/out (Read-only", "--outdir")
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
