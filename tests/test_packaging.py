@@ -46,3 +46,5 @@ def test_the_readme_installs_and_tests_as_the_ci_does():
     install = "pip install -c constraints.txt -e '.[test]'"
     assert install in readme
     assert install.replace("pip install", "pip install --quiet") in ci
+    assert "&& pytest -n 2\n" in readme
+    assert "pytest -q -n 2" in ci
