@@ -26,7 +26,9 @@ EXTRAS = {
     "web": ["gradio>=5.0"],
     "ray": ["ray>=2.40"],
 }
-EXTRAS["test"] = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "diffusers>=0.35", "scipy>=1.13", "peft>=0.17", *EXTRAS["train"]]
+EXTRAS["test"] = [
+    "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "diffusers>=0.35", "scipy>=1.13", "peft>=0.17", *EXTRAS["train"]
+]
 
 
 setup(
