@@ -104,7 +104,8 @@ def add_rows(parser: Parser) -> None:
     group.add_argument("--from-file", metavar="FILE",
                        help="draw each row of a UTF-8 file instead of --prompt: .txt has a prompt a line, with options "
                        "behind it where they differ (a fox --seed 7); .jsonl and .csv have the long names of options "
-                       "as keys. {red,blue} in a prompt makes a row of each")
+                       "as keys. {red,blue} in a prompt makes a row of each. - takes lines of standard input as they "
+                       "come, until it ends")
     group.add_argument("--resume", dest="go_on", action="store_true",
                        help="go on with the run of this command that OUTDIR/manifest.jsonl tells of: what is missing, "
                        "altered or failed is made (again), under the same names")

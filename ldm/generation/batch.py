@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.errors import LdmError, OutOfMemory, RequestError
+from ldm.generation.arrivals import Arrivals
 from ldm.generation.background import Background, Interrupt
 from ldm.generation.events import Tell, telling
 from ldm.generation.finish import Finisher
@@ -21,11 +22,11 @@ from ldm.generation.gallery import Drawn, Gallery, Part, asked
 from ldm.generation.noise import NoiseSource
 from ldm.generation.options import INTERRUPTED, RunOptions
 from ldm.generation.pipeline import OnStep, Picture, Pipeline
-from ldm.generation.plan import Job, plan, settings
+from ldm.generation.plan import Job, plan, rounds, settings
 from ldm.generation.preview import Preview, fit_colours
 from ldm.generation.record import Recorder, Replay
 from ldm.generation.request import Request
-from ldm.generation.rows import Row
+from ldm.generation.rows import Row, check_rows
 from ldm.image.io import Outdir, check_outdir, write_png
 
 logger = logging.getLogger(__name__)
@@ -78,16 +79,49 @@ class Run:
         def batches() -> Iterator[list[Job]]:
             return plan(rows, options.batch_size, options.n_iter)
 
-        if options.go_on:
-            jobs = sorted((job for batch in batches() for job in batch), key=lambda job: job.index)
-            if not gallery.go_on(jobs):
-                logger.warning("%s has no run of these rows to go on with: this is a new one", options.outdir)
+        self._go_on(gallery, batches())
         steps = [self._walk(batch) for batch in batches()]
         parts = (part for batch in batches() for part in gallery.parts(batch))
         totals = len(rows) * options.n_iter, len(steps), sum(steps)
         with gallery:
-            return self._draw(parts, gallery.keep, totals, [row.request for row in rows], gallery.pass_by,
-                              gallery.close)
+            return self._draw(parts, gallery.keep, totals, gallery.pass_by, gallery.close)
+
+    def follow(self, arrivals: Arrivals) -> Summary:
+        """As `draw`, for rows that come while it goes on, each drawn n_iter times before the next.
+
+        A row that cannot be drawn fails, and the others go on. To go on with an earlier run, all are waited for first.
+        """
+        options = self.options
+        gallery = Gallery(options, self.finish, self.recorder, self.tell, 0)
+
+        def batches(arrivals: Iterable[list[Row]]) -> Iterator[list[Job]]:
+            first = 0
+            for found in arrivals:
+                rows = rounds(list(map(self._checked, found)), options.n_iter)
+                yield from plan(rows, options.batch_size, 1, first) if rows else [[]]
+                first += len(rows)
+
+        if options.go_on:
+            arrivals = [list(chain.from_iterable(arrivals))]
+            self._go_on(gallery, batches(arrivals))
+        parts = (part for batch in batches(arrivals) for part in gallery.parts(batch))
+        with gallery:
+            return self._draw(parts, gallery.keep, (None, None, None), gallery.pass_by, gallery.close)
+
+    def _checked(self, row: Row) -> Row:
+        """The row, with an error if this model cannot draw it."""
+        try:
+            check_rows([replace(row, place="")], self.pipeline.check)
+        except RequestError as error:
+            return replace(row, error=str(error))
+        return row
+
+    def _go_on(self, gallery: Gallery, batches: Iterable[list[Job]]) -> None:
+        """Let the gallery go on with the earlier run of these batches, if that is asked for."""
+        if self.options.go_on:
+            jobs = sorted(chain.from_iterable(batches), key=lambda job: job.index)
+            if not gallery.go_on(jobs):
+                logger.warning("%s has no run of these rows to go on with: this is a new one", self.options.outdir)
 
     def draw_files(self, names: Mapping[Request, str]) -> Summary:
         """Draw each request into the output folder, under the name that it is given."""
@@ -102,7 +136,7 @@ class Run:
                 self._write(drawn, lambda image, info: write_png(path, image, info))
 
         return self._draw((Part(batch, batch) for batch in batches), keep,
-                          (len(batches), len(batches), sum(map(self._walk, batches))), list(names))
+                          (len(batches), len(batches), sum(map(self._walk, batches))))
 
     def redraw(self, replay: Replay) -> Summary:
         """Draw the batch of a recorded picture again, from the same noise, and write that picture into samples/."""
@@ -114,7 +148,7 @@ class Run:
                 self._write(drawn, samples.save)
 
         part = Part(batch, [batch[replay.index]], before=replay.noise)
-        return self._draw([part], keep, (1, 1, self._walk(batch)), replay.requests)
+        return self._draw([part], keep, (1, 1, self._walk(batch)))
 
     def _write(self, drawn: Drawn, save: Callable[..., Path]) -> None:
         made = self.finish(drawn.outcome)
@@ -149,29 +183,20 @@ class Run:
         path = Path(self.options.outdir) / PREVIEW
         return Preview(path, self.options.preview, lambda: fit_colours(model, geometry), geometry.factor)
 
-    def _check(self, requests: Iterable[Request]) -> None:
-        """Raise RequestError for what this model cannot draw; of prompts it matters only whether there are any."""
-        for request in dict.fromkeys(
-            replace(request, prompt=request.prompt and "text", negative_prompt="", seed=0) for request in requests
-        ):
-            self.pipeline.check(request)
-
     def _draw(
         self,
         parts: Iterable[Part],
         keep: Callable[[Drawn], None],
-        totals: tuple[int, int, int],
-        requests: Iterable[Request],
+        totals: tuple[int, int, int] | tuple[None, None, None],
         pass_by: Callable[[Job], None] = lambda job: None,
         close: Callable[[], None] = lambda: None,
     ) -> Summary:
         """Draw part after part, and `keep` what was wanted of each while the next one is drawn.
 
-        totals: of pictures, batches and steps. What this model cannot draw of `requests` is told before the first step.
-        A picture that fails is logged and counted; OutputError, which would come again, ends the run.
+        totals: of pictures, batches and steps, as far as they are known. A part without jobs waits for what was drawn
+        to be written. A picture that fails is logged and counted; OutputError, which would come again, ends the run.
         """
-        self._check(requests)
-        summary, preview, last = Summary(), self._preview(), None
+        summary, preview, last, numbers = Summary(), self._preview(), None, count(1)
         pictures, batches, steps = totals
         wordy = logger.isEnabledFor(logging.INFO)
 
@@ -187,21 +212,25 @@ class Run:
             Interrupt() as interrupt,
             Background() as background,
         ):
-            for number, part in enumerate(parts, 1):
+            for part in parts:
                 background.check()
+                if not part.jobs:
+                    background.wait()
+                    continue
                 for job in part.done:
                     background.do(pass_by, job)
-                first, walk = part.jobs[0].request, self._walk(part.jobs)
+                first, walk, number = part.jobs[0].request, self._walk(part.jobs), next(numbers)
                 if not part.wanted:
                     if part.after is not None and first.seed_mode == "run":
                         self.noise.of([first]).reach(part.after)
                     bar.update(walk)
                     continue
                 interrupt.busy = True
-                self.tell("batch", batch=number, of=batches, steps=walk,
-                          pictures=[asked(job.request) for job in part.wanted])
-                logger.debug("batch %d of %d: %d pictures, %s, %d steps, seed %d", number, batches, len(part.jobs),
-                             first.sampler, walk, first.seed)
+                if not part.jobs[0].error:
+                    self.tell("batch", batch=number, of=batches, steps=walk,
+                              pictures=[asked(job.request) for job in part.wanted])
+                logger.debug("batch %d of %s: %d pictures, %s, %d steps, seed %d", number, batches or "?",
+                             len(part.jobs), first.sampler, walk, first.seed)
                 watch = partial(self._watch, bar, preview, number, walk)
                 for drawn in self._sample(part.jobs, part.before, watch):
                     if drawn.job not in part.wanted:
@@ -230,6 +259,10 @@ class Run:
         before: the history that the noise is brought to first. Raises OutOfMemory where it does not hold one picture
         that is not a row of a file: then it holds none of the others, either.
         """
+        if error := jobs[0].error:
+            failed = RequestError(error)
+            yield from (Drawn(job, failed, [job], [], [], 0.0) for job in jobs)
+            return
         requests = [job.request for job in jobs]
         noise, begun = self.noise.of(requests), time.monotonic()
         if before is not None:

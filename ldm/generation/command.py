@@ -12,10 +12,11 @@ from typing import Any
 
 from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import Parser, pick
+from ldm.generation.arrivals import Arrivals
 from ldm.generation.events import Tell, as_json, as_path
-from ldm.generation.options import INTERRUPTED, ModelOptions, RunOptions, find
+from ldm.generation.options import AHEAD, INTERRUPTED, ModelOptions, RunOptions, find
 from ldm.generation.request import Request
-from ldm.generation.rows import Row, read_rows, row_parser
+from ldm.generation.rows import Row, check_rows, read_rows, row_parser
 from ldm.generation.settings import toml
 
 logger = logging.getLogger(__name__)
@@ -68,14 +69,24 @@ def set_up(args: Namespace) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def rows(args: Namespace, add_options: Callable[[Parser], None], needs: Sequence[str] = ()) -> list[Row]:
+def rows(
+    args: Namespace, add_options: Callable[[Parser], None], needs: Sequence[str] = ()
+) -> list[Row] | Arrivals:
     """The rows of the file, or as many copies of the one prompt as there are pictures in a batch.
 
     A row of the file may have the options of `add_options`; `needs` are those that it cannot do without.
     """
+    prompt, run = Row(pick(Request, args)), pick(RunOptions, args)
     if not args.from_file:
-        return [Row(pick(Request, args))] * args.batch_size
-    return read_rows(args.from_file, row_parser(add_options, args, needs))
+        return [prompt] * run.batch_size
+    parse = row_parser(add_options, args, needs)
+    if args.from_file != "-":
+        return read_rows(args.from_file, parse)
+    if args.print_config:
+        return []
+    if sys.stdin is None:
+        raise RequestError("--from-file - needs standard input, which is closed")
+    return Arrivals(sys.stdin.fileno(), parse, AHEAD * run.batch_size)
 
 
 def explain(args: Namespace, rows: Sequence[Row] = ()) -> int:
@@ -109,21 +120,28 @@ def in_the_yaml(args: Namespace) -> tuple[dict[str, int], str]:
     return latents | drawn, str(path)
 
 
-def draw(args: Namespace, rows: Sequence[Row]) -> int:
+def draw(args: Namespace, rows: Sequence[Row] | Arrivals) -> int:
     """Draw the rows with the model that the options name, print the path of each file, and give the exit code."""
     set_up(args)
-    lines = len({row.place for row in rows if row.place})
-    if 0 < lines < len(rows):
-        logger.info("%s: with braces, %d lines are %d prompts", args.from_file, lines, len(rows))
+    known = [] if isinstance(rows, Arrivals) else rows
+    lines = len({row.place for row in known if row.place})
+    if 0 < lines < len(known):
+        logger.info("%s: with braces, %d lines are %d prompts", args.from_file, lines, len(known))
     if args.print_config:
-        return explain(args, rows)
+        check_rows(known)
+        return explain(args, known)
     model, run = pick(ModelOptions, args), pick(RunOptions, args)
 
     from ldm.generation.loading import choose, open_run
 
-    chosen = choose(model)
-    chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
-    return end(open_run(rows, model, run, teller(args), chosen).draw(rows), how_to_resume(args))
+    try:
+        chosen = choose(model)
+        chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
+    except LdmError:
+        check_rows(known)  # what is wrong with the rows comes first
+        raise
+    ready = open_run(known, model, run, teller(args), chosen)
+    return end(ready.follow(rows) if isinstance(rows, Arrivals) else ready.draw(rows), how_to_resume(args))
 
 
 def end(summary: Any, hint: str = "") -> int:
@@ -138,7 +156,8 @@ def how_to_resume(args: Namespace) -> str:
     if not hasattr(args, "go_on"):
         return ""
     words = [word for word in sys.argv if word != "--resume"]
-    return f"; this goes on: python {shlex.join([*words, '--resume'])}"
+    same = ", with the same input" if args.from_file == "-" else ""
+    return f"; this goes on{same}: python {shlex.join([*words, '--resume'])}"
 
 
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:

@@ -92,7 +92,7 @@ class Gallery:
         )
 
     def parts(self, batch: Sequence[Job]) -> Iterator[Part]:
-        """A batch of the plan, divided as an earlier run drew it, as far as that did."""
+        """A batch of the plan, divided as an earlier run drew it, as far as that did. A batch of none is a part."""
         if self._resumed is None:
             yield Part(batch, batch)
             return

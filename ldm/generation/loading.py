@@ -12,20 +12,19 @@ from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.checkpoint.names import EMA
 from ldm.config import load_config, model_section
-from ldm.errors import CheckpointError, RequestError
+from ldm.errors import CheckpointError
 from ldm.generation.adapters import read_adapters
 from ldm.generation.batch import Run
 from ldm.generation.events import Tell
 from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
-from ldm.generation.inputs import read_inputs
 from ldm.generation.options import ModelOptions, RunOptions, find
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
-from ldm.generation.rows import Row
+from ldm.generation.rows import Row, check_rows
 from ldm.image.io import check_outdir
 from ldm.memory import DTYPES, SAVINGS, as_out_of_memory, pick_device, pick_memory, pick_precision, place
-from ldm.models.load import load_model
+from ldm.models.load import build_model, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +69,6 @@ def shipped_config(checkpoint: Path) -> str:
     return family.config
 
 
-def check_rows(rows: Sequence[Row], geometry: Geometry) -> None:
-    """Raise RequestError that lists every row whose size or pictures this model cannot take."""
-    errors = []
-    for row in dict.fromkeys(rows):
-        try:
-            read_inputs(row.request, geometry)
-        except RequestError as error:
-            if not row.place:
-                raise
-            errors.append(f"{row.place}: {error}")
-    if errors:
-        raise RequestError("\n".join(errors))
-
-
 def weigh(checkpoint: Path, dtype: torch.dtype) -> int:
     """How many bytes the weights of a checkpoint take in `dtype`, without those of which there is an average too."""
     outline = open_checkpoint(checkpoint).outline
@@ -93,12 +78,12 @@ def weigh(checkpoint: Path, dtype: torch.dtype) -> int:
 def open_run(
     rows: Sequence[Row], model: ModelOptions, options: RunOptions, tell: Tell, chosen: Chosen
 ) -> Run:
-    """Check each row against the model's sizes, its input pictures and the output folder, then load the model.
+    """Check each row against the model that the config describes, and the output folder, then load the model.
 
     Raises RequestError, ModelError, OutOfMemory.
     """
     device = pick_device(model.device)
-    check_rows(rows, chosen.geometry)
+    check_rows(rows, Pipeline(build_model(chosen.config), chosen.geometry).check)
     check_outdir(options.outdir)
     adapters = read_adapters(model)
     finish = Finisher(options)

@@ -12,6 +12,7 @@ MEMORIES = ("auto", "low", "lowest")
 SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
 WATERMARK = "StableDiffusionV1"
 INTERRUPTED = 130  # the exit code
+AHEAD = 16  # batches: how far a row is looked for that can join another
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

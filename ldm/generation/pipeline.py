@@ -41,9 +41,11 @@ class Pipeline:
         self.precision = precision
         self.schedule = sampling.Schedule(model.alphas_cumprod)
         self.known: Known = {}
+        self._paths: dict[tuple, sampling.Tail] = {}
 
     def check(self, request: Request) -> None:
-        """Raise RequestError for what this model cannot draw, before anything is drawn."""
+        """Raise RequestError for what this model cannot draw. It may be on the meta device, without its weights."""
+        read_inputs(request, self.geometry)
         stages.check(self.model, request)
         self.path(request)
 
@@ -78,9 +80,11 @@ class Pipeline:
 
     def path(self, request: Request) -> sampling.Tail:
         """The level that a request starts from, and those that it walks down: one fewer moves than levels."""
-        every = sampling.levels(self.schedule, request.sampler, request.steps, request.schedule)
         strength = request.strength if request.init_img else 1.0
-        return sampling.tail(every, strength, request.sampler, request.steps, request.schedule)
+        way = request.sampler, request.steps, request.schedule
+        if (*way, strength) not in self._paths:
+            self._paths[(*way, strength)] = sampling.tail(sampling.levels(self.schedule, *way), strength, *way)
+        return self._paths[(*way, strength)]
 
     def _sample(
         self,

@@ -22,17 +22,22 @@ OPTIONS = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 @dataclass(frozen=True)
 class Row:
-    """A request, where it was read, for messages ("" for the command line), and whether its seed is given there."""
+    """A request, where it was read, for messages ("" for the command line), and whether its seed is given there.
+
+    error: why it cannot be drawn; the request has no more than the text of the line then.
+    """
 
     request: Request
     place: str = ""
     seeded: bool = False
+    error: str = ""
 
 
 # The options of one row, as they would stand on the command line -> the row.
 Parse = Callable[[Sequence[str]], Row]
 # A line of text, JSON or CSV -> those options.
-Split = Callable[[str | Mapping], Sequence[str]]
+Line = str | bytes | Mapping
+Split = Callable[[Line], Sequence[str]]
 
 
 class RowParser(Parser):
@@ -66,36 +71,46 @@ def read_rows(path: str | Path, parse: Parse) -> list[Row]:
     """The rows of a `.txt`, `.jsonl` or `.csv` file in UTF-8, where braces in a prompt stand for several.
 
     Each line of text is a prompt, with options behind it if it has any (`a castle --seed 7 --scale 9`); the keys of
-    JSON and the columns of CSV are the long names of the options. Blank lines are skipped. Raises RequestError that
-    lists every row that cannot be read, with its line number.
+    JSON and the columns of CSV are the long names of the options. Blank lines are skipped. A line that cannot be read
+    is a row with an `error`. Raises RequestError where there is none at all.
     """
     path = Path(path)
     numbered, split = FORMATS.get(path.suffix.lower(), (lines, split_text))
-    rows, errors = [], []
-    for found in rows_of(path, numbered(read_text(path)), split, parse):
-        if isinstance(found, RequestError):
-            errors.append(str(found))
-        else:
-            rows += found
-    if errors:
-        raise RequestError("\n".join(errors))
+    rows = list(rows_of(path, numbered(read_text(path)), split, parse))
     if not rows:
         raise RequestError(f"{path} has no prompts in it; write one on each line")
     return rows
 
 
-def rows_of(
-    source: object, numbered: Iterable[tuple[int, str | Mapping]], split: Split, parse: Parse
-) -> Iterator[list[Row] | RequestError]:
-    """What each line stands for, or the error that says why it stands for nothing."""
+def rows_of(source: object, numbered: Iterable[tuple[int, Line]], split: Split, parse: Parse) -> Iterator[Row]:
+    """The rows that numbered lines stand for."""
     for number, line in numbered:
         place = f"{source}, line {number}"
         try:
             row = parse(split(line))
             prompts = expand_braces(row.request.prompt)
-            yield [replace(row, request=replace(row.request, prompt=prompt), place=place) for prompt in prompts]
         except ValueError as error:  # a RequestError, or quotes or JSON that do not parse
-            yield RequestError(f"{place}: {error}")
+            text = line.decode(errors="replace") if isinstance(line, bytes) else str(line)
+            yield Row(Request(prompt=text.strip()), place, error=str(error))
+        else:
+            for prompt in prompts:
+                yield replace(row, request=replace(row.request, prompt=prompt), place=place)
+
+
+def check_rows(rows: Iterable[Row], check: Callable[[Request], None] = lambda request: None) -> None:
+    """Raise RequestError that lists every row that could not be read, or that `check` raises one for."""
+    errors = []
+    for row in dict.fromkeys(rows):
+        try:
+            if row.error:
+                raise RequestError(row.error)
+            check(row.request)
+        except RequestError as error:
+            if not row.place:
+                raise
+            errors.append(f"{row.place}: {error}")
+    if errors:
+        raise RequestError("\n".join(dict.fromkeys(errors)))
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.errors import LdmError, NumericalError, OutOfMemory, OutputError, RequestError
+from ldm.errors import LdmError, NumericalError, OutOfMemory, OutputError
 from ldm.generation.batch import Run, Summary
 from ldm.generation.finish import Finisher
 from ldm.generation.options import RunOptions
@@ -155,13 +155,6 @@ def test_a_batch_that_is_too_large_is_drawn_in_halves_and_a_row_that_still_is_fa
     again = run()
     again.redraw(Replay.read(saved(going)[2]))
     assert saved(again)[0].read_bytes() == saved(going)[2].read_bytes()
-
-
-def test_a_row_that_the_model_cannot_draw_is_told_before_anything_is_drawn(run, tmp_path):
-    going = run(batch_size=1)
-    with pytest.raises(RequestError, match="no classes"):
-        going.draw([*rows("ab"), *rows("c", class_label=3)])
-    assert not any((tmp_path / "out").rglob("*.png"))
 
 
 def test_the_grid_shows_what_was_made_in_rows_of_the_batch_size(run):

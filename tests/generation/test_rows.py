@@ -7,9 +7,7 @@ import pytest
 
 from ldm.errors import RequestError
 from ldm.generation import arguments
-from ldm.generation.geometry import Geometry
-from ldm.generation.loading import check_rows
-from ldm.generation.rows import Row, read_rows, row_parser
+from ldm.generation.rows import Row, check_rows, read_rows, row_parser
 
 
 def add_request(parser: arguments.Parser) -> None:
@@ -26,7 +24,9 @@ def read(tmp_path):
     def run(text: str | bytes, *options: str, name: str = "rows.txt", needs=()) -> list[Row]:
         path = tmp_path / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_rows(path, parser(*options, needs=needs))
+        rows = read_rows(path, parser(*options, needs=needs))
+        check_rows(rows)
+        return rows
 
     return run
 
@@ -144,10 +144,15 @@ def test_what_a_script_cannot_do_without_may_be_given_in_either_place(read):
         read("a\nb --init-img b.png", needs=["init_img"])
 
 
-def test_sizes_and_pictures_are_checked_together_before_there_is_a_model(read):
-    rows = read("a --H 100\nb\nc --init_img absent.png\n")
+def test_what_no_model_and_what_this_one_cannot_draw_is_told_together(tmp_path, pipeline):
+    lines = ["a --H 100", "b", "c --init_img absent.png", "d --sampler ddim --ddim_eta 2", "{e,f} --long_prompt chunk",
+             "g --schedule spread", "h --strength 1.5 --init_img x.png", "i --ddim_steps 1001", "j --plms --ddim_eta 1"]
+    (tmp_path / "rows.txt").write_text("\n".join(lines))
     with pytest.raises(RequestError) as error:
-        check_rows(rows, Geometry(channels=4, factor=8, side=512, step=64))
-    first, second = str(error.value).splitlines()
-    assert "line 1: H must be a positive multiple of 64, got 100" in first
-    assert "line 3: there is no picture at absent.png" in second
+        check_rows(read_rows(tmp_path / "rows.txt", parser()), pipeline("text").check)
+    said = [line.partition("rows.txt, line ")[2] for line in str(error.value).splitlines()]
+    assert [line.partition(": ")[0] for line in said] == ["1", "3", "4", "6", "7", "8", "9"]
+    assert "H must be a positive multiple of 16, got 100" in said[0]
+    assert "there is no picture at absent.png" in said[1]
+    with pytest.raises(RequestError, match="line 2: this model takes no prompt"):
+        check_rows(read_rows(tmp_path / "rows.txt", parser()), pipeline("unconditional").check)

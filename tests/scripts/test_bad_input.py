@@ -227,6 +227,19 @@ def test_a_prompt_file_that_cannot_be_used_is_wrong_usage(txt2img, content, word
     check(txt2img("--from-file", "prompts.txt"), 2, *words)
 
 
+@pytest.mark.parametrize("ckpt", ["broken", "absent"])
+def test_all_that_is_wrong_with_the_rows_is_told_before_the_weights_are_read(script, models, ckpt):
+    Path("model").mkdir()
+    if ckpt == "broken":
+        shutil.copy(models["text"].with_name("config.yaml"), "model")
+        Path("model/model.ckpt").write_bytes(b"no weights")
+    Path("rows.txt").write_text("a --seed x\nb\nc --plms --ddim_eta 1\nd --H 100\n")
+    done = script("txt2img", "--ckpt", "model/model.ckpt", *ONE, "--from-file", "rows.txt")
+    assert done.code == 2
+    found = [line.partition(": ")[0] for line in done.err]
+    assert found == [f"rows.txt, line {n}" for n in ((1, 3, 4) if ckpt == "broken" else (1, 3))]
+
+
 # ---- pictures
 
 

@@ -1,5 +1,6 @@
 """Scripts as processes: terminals, signals, closed pipes and full disks."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,10 @@ def whole_pictures(folder: Path) -> list[str]:
     for name in names:
         assert read_image(folder / name).size == (64, 64)
     return names
+
+
+def manifest(outdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (outdir / "manifest.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -105,6 +110,56 @@ def test_a_reader_that_goes_away_stops_no_picture(start, tmp_path):
     assert len(said.splitlines()) == 1
     assert "Broken pipe" in said
     assert whole_pictures(tmp_path / "out/samples") == [f"0000{k}.png" for k in range(4)]
+
+
+def test_rows_are_drawn_while_the_pipe_that_they_come_from_is_open(start, tmp_path):
+    def line(run, text):
+        run.stdin.write(f"{text} --seed 3 --W 64\n")
+        run.stdin.flush()
+
+    def following(*options):
+        return start("--from-file", "-", "--ddim_steps", 1, "--n_iter", 1, "--seed_mode", "image", *options, text=True,
+                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    run = following()
+    line(run, "a fox")
+    assert run.stdout.readline() == "out/samples/00000.png\n"
+    line(run, "a hare --ar 16:9")
+    line(run, "a hare --H 100")
+    line(run, "a hare")
+    assert run.stdout.readline() == "out/samples/00003.png\n"
+    first, second = (read_image(tmp_path / f"out/samples/0000{n}.png").tobytes() for n in (0, 3))
+    assert first != second
+    out, said = run.communicate(timeout=60)
+    assert (run.returncode, out) == (1, "")
+    assert said.splitlines() == [
+        "standard input, line 2, 'a hare --ar 16:9 --seed 3 --W 64': unrecognized arguments: --ar 16:9",
+        "standard input, line 3, 'a hare': H must be a positive multiple of 16, got 100; try 96",
+    ]
+    failed = [entry for entry in manifest(tmp_path / "out") if entry.get("error")]
+    assert [(entry["index"], entry["row"]) for entry in failed] == [(1, "standard input, line 2"),
+                                                                    (2, "standard input, line 3")]
+
+    (tmp_path / "out/samples/00003.png").unlink()
+    run = following("--resume")
+    out, said = run.communicate("a fox --seed 3 --W 64\na hare\na hare\na hare --seed 3 --W 64\n", timeout=60)
+    assert run.returncode == 0
+    assert sorted(out.split()) == [f"out/samples/0000{n}.png" for n in (1, 2, 3)]
+    assert read_image(tmp_path / "out/samples/00003.png").tobytes() == second
+
+
+def test_an_interrupt_while_no_row_comes_loses_no_picture(start, tmp_path):
+    run = start("--from-file", "-", "--ddim_steps", 1, "--n_iter", 1, text=True, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdin.write("a fox\n")
+    run.stdin.flush()
+    run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130
+    run.stdin.close()
+    assert "interrupted; the pictures written so far are whole" in run.stderr.read()
+    run.stdout.close(), run.stderr.close()
+    assert whole_pictures(tmp_path / "out/samples") == ["00000.png"]
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_nothing_half_written(start, tmp_path):
