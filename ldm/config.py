@@ -9,10 +9,13 @@ from yaml import YAMLError
 
 from ldm.errors import ConfigError
 
+TEXT_ENCODER = "model.params.cond_stage_config.params.version"
+
 
 def load_config(path: str | Path) -> DictConfig:
     """Read one YAML file, or what the configs in a model's folder in the layout of diffusers amount to.
 
+    The `version` of the text encoder, where it names a folder beside the file, becomes the path of that folder.
     Raises ConfigError where it is missing, unreadable or not a mapping.
     """
     path = Path(path)
@@ -31,6 +34,9 @@ def load_config(path: str | Path) -> DictConfig:
         raise ConfigError(f"{path} is not valid YAML: {where}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path} must be a YAML mapping with a `model:` section, got {type(config).__name__}")
+    version = OmegaConf.select(config, TEXT_ENCODER, throw_on_resolution_failure=False)
+    if isinstance(version, str) and version and (path.parent / version).is_dir():
+        OmegaConf.update(config, TEXT_ENCODER, str(path.parent / version))
     return config
 
 

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ldm.generation.options import REPOSITORY, ModelOptions, find
+from ldm.generation.options import REPOSITORY, SHIPPED, ModelOptions, find, find_checkpoint
 
 PYTHON = (3, 11)
 INSTALL = "pip install -c constraints.txt -e ."
@@ -156,10 +156,13 @@ def checkpoints(tried: Mapping[str, Any]) -> Iterator[Finding]:
         else:
             why = told.get("failure") or f"{told.get('family')}, which no config here is for"
             yield Finding("checkpoint", f"{text}: {why}", "note")
-    default, mend = find(ModelOptions.ckpt), "python scripts/fetch_model.py v1.5"
+    default, mend = find_checkpoint(ModelOptions()), "python scripts/fetch_model.py v1.5"
     if not usable and found is not None:
         yield Finding("checkpoint", f"no weights that can be run under models/ (scripts look at {ModelOptions.ckpt})",
                       "missing", mend)
+    elif default == find(SHIPPED):
+        yield Finding("checkpoint", f"none at {ModelOptions.ckpt}, so without --ckpt coloured shapes alone are drawn, "
+                      f"by {SHIPPED}", "note", mend)
     elif not default.exists():
         yield Finding("checkpoint", f"none at {ModelOptions.ckpt}, so scripts need --ckpt", "note", mend)
 
@@ -266,16 +269,17 @@ def probe_checkpoints() -> dict[str, dict[str, Any]]:
 def weights() -> list[Path]:
     """The checkpoints under models/, in the working folder and beside the code, the default one first.
 
-    Of several names for one file, it is the first.
+    Of several names for one file, it is the first. What lies beside a config.json is a part of a model, as CLIP is.
     """
-    default = find(ModelOptions.ckpt)
+    default = find_checkpoint(ModelOptions())
     found = [default] if default.exists() else []
     for root in dict.fromkeys((Path("models"), (REPOSITORY / "models"))):
         found += (path.parent for path in sorted(root.rglob("model_index.json")))
         found += (path for path in sorted(root.rglob("*.*")) if path.suffix in (".ckpt", ".safetensors"))
     folders = {path.resolve() for path in found if path.is_dir()}
     unique = {path.resolve(): path for path in reversed(found)
-              if path.exists() and not folders & set(path.resolve().parents) and "safety-checker" not in path.parts}
+              if path.exists() and not folders & set(path.resolve().parents) and "safety-checker" not in path.parts
+              and not (path.parent / "config.json").is_file()}
     return [path for path in found if unique.get(path.resolve()) is path]
 
 

@@ -33,6 +33,14 @@ def test_a_config_that_cannot_be_used_says_why_in_one_line(tmp_path, content, me
     assert str(path) in str(caught.value)
 
 
+def test_a_text_encoder_that_lies_beside_the_config_is_found_from_anywhere(tmp_path):
+    (tmp_path / "clip").mkdir()
+    for version, found in (("clip", str(tmp_path / "clip")), ("openai/clip", "openai/clip"), ("", "")):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"model: {{params: {{cond_stage_config: {{params: {{version: '{version}'}}}}}}}}\n")
+        assert load_config(path).model.params.cond_stage_config.params.version == found
+
+
 def test_a_missing_config_says_where_the_shipped_ones_are(tmp_path):
     with pytest.raises(ConfigError, match="configs/"):
         load_config(tmp_path / "no.yaml")

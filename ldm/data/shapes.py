@@ -113,8 +113,8 @@ _TWO = re.compile(rf"a (\w+) (\w+) ({'|'.join(RELATIONS)}) a (\w+) (\w+) on a (\
 
 
 def parse(text: str) -> Caption:
-    """Read a caption. Raises RequestError for text outside the grammar, naming the word or the forms."""
-    words = " ".join(text.split())
+    """Read a caption, in capitals or not. Raises RequestError for text outside the grammar: the word or the forms."""
+    words = " ".join(text.lower().split())
     if match := _TWO.fullmatch(words):
         colour, shape, relation, other_colour, other_shape, background = match.groups()
         return Caption((Noun(colour, shape), Noun(other_colour, other_shape)), background, relation)

@@ -14,7 +14,7 @@ from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import Parser, pick
 from ldm.generation.arrivals import Arrivals
 from ldm.generation.events import Tell, as_json, as_path
-from ldm.generation.options import AHEAD, INTERRUPTED, ModelOptions, RunOptions, find
+from ldm.generation.options import AHEAD, INTERRUPTED, ModelOptions, RunOptions, find, find_checkpoint
 from ldm.generation.request import Request
 from ldm.generation.rows import Row, check_rows, read_rows, row_parser
 from ldm.generation.settings import toml
@@ -109,7 +109,7 @@ def in_the_yaml(args: Namespace) -> tuple[dict[str, int], str]:
     from ldm.generation.geometry import geometry
 
     model = pick(ModelOptions, args)
-    checkpoint = find(model.ckpt)
+    checkpoint = find_checkpoint(model)
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.yaml"
     path = find(model.config) if model.config else beside
     if not path.is_file():
@@ -208,7 +208,7 @@ def replay(args: Namespace) -> int:
     model, run = prefer(pick(ModelOptions, args), how), prefer(pick(RunOptions, args), how)
     ready = open_run(list(map(Row, recorded.requests)), model, run, teller(args), choose(model))
     if ready.recorder.sha256 != recorded.sha256:
-        logger.warning("%s is another checkpoint: the picture will differ", model.ckpt)
+        logger.warning("%s is another checkpoint: the picture will differ", ready.recorder.checkpoint)
     then, now = recorded.how, ready.recorder.how
     for name in HOW:
         if now[name] != then[name]:

@@ -1,9 +1,10 @@
 """From options to a run that is ready to draw: what can be checked is checked before a weight is read."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -12,47 +13,58 @@ from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.checkpoint.names import EMA
 from ldm.config import load_config, model_section
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, RequestError
 from ldm.generation.adapters import read_adapters
 from ldm.generation.batch import Run
 from ldm.generation.events import Tell
 from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
-from ldm.generation.options import ModelOptions, RunOptions, find
+from ldm.generation.options import ModelOptions, RunOptions, find, find_checkpoint
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
 from ldm.generation.rows import Row, check_rows
 from ldm.image.io import check_outdir
 from ldm.memory import DTYPES, SAVINGS, as_out_of_memory, pick_device, pick_memory, pick_precision, place
 from ldm.models.load import build_model, load_model
+from ldm.util import get_obj_from_str
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The files of a model, its `model:` section, and the sizes that it works in."""
+    """The files of a model, its `model:` section, and the sizes that it works in.
+
+    grammar: where the config names one, what raises RequestError for a prompt that the model never learnt to read.
+    """
 
     config: Path
     checkpoint: Path
     section: DictConfig
     geometry: Geometry
+    grammar: Callable[[str], Any] | None = None
 
 
 def choose(options: ModelOptions) -> Chosen:
     """Find the config and the checkpoint. Without a config, a checkpoint that tells its family names the shipped one.
 
+    Without a checkpoint, the model that ships with the project is taken, and it is said that it is.
     Raises ConfigError, CheckpointError.
     """
-    checkpoint = find(options.ckpt)
+    checkpoint = find_checkpoint(options)
     if not checkpoint.exists() and options.ckpt == ModelOptions.ckpt:
         raise CheckpointError(
             f"there is no checkpoint at {options.ckpt}: put a Stable Diffusion v1 file there, have one fetched with "
             "python scripts/fetch_model.py v1.4, or name yours with --ckpt FILE"
         )
+    if checkpoint != find(options.ckpt):
+        logger.info("no checkpoint at %s: this is %s, which draws coloured shapes alone; python scripts/fetch_model.py "
+                    "v1.4 gets Stable Diffusion", options.ckpt, checkpoint)
     config = find(options.config or shipped_config(checkpoint))
-    section = model_section(load_config(config), config)
-    return Chosen(config, checkpoint, section, geometry(section, config))
+    content = load_config(config)
+    section, grammar = model_section(content, config), content.get("prompt_grammar")
+    return Chosen(config, checkpoint, section, geometry(section, config),
+                  grammar and get_obj_from_str(grammar["target"]))
 
 
 def shipped_config(checkpoint: Path) -> str:
@@ -67,6 +79,19 @@ def shipped_config(checkpoint: Path) -> str:
         raise CheckpointError(f"{checkpoint} ({family.name}) does not tell its config: name its YAML with --config")
     logger.info("%s is of the family %s: using %s", checkpoint, family.name, family.config)
     return family.config
+
+
+def check_prompts(rows: Sequence[Row], grammar: Callable[[str], Any]) -> None:
+    """Warn, in one line, of the prompts that are outside a model's grammar."""
+    outside = []
+    for prompt in dict.fromkeys(row.request.prompt for row in rows if row.request.prompt):
+        try:
+            grammar(prompt)
+        except RequestError as error:
+            outside.append(error)
+    if outside:
+        others = f" (and so for {len(outside) - 1} more)" if len(outside) > 1 else ""
+        logger.warning("this model has not learnt to draw that: %s%s", outside[0], others)
 
 
 def weigh(checkpoint: Path, dtype: torch.dtype) -> int:
@@ -84,6 +109,8 @@ def open_run(
     """
     device = pick_device(model.device)
     check_rows(rows, Pipeline(build_model(chosen.config), chosen.geometry).check)
+    if chosen.grammar:
+        check_prompts(rows, chosen.grammar)
     check_outdir(options.outdir)
     adapters = read_adapters(model)
     finish = Finisher(options)

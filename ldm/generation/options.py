@@ -14,6 +14,7 @@ WATERMARK = "StableDiffusionV1"
 INTERRUPTED = 130  # the exit code
 AHEAD = 16  # batches: how far a row is looked for that can join another
 REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = "models/ldm/shapes/model.safetensors"  # the small model that comes with the project
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,12 @@ def find(path: str) -> Path:
     if not given.exists() and not given.is_absolute() and (REPOSITORY / given).exists():
         return REPOSITORY / given
     return given
+
+
+def find_checkpoint(options: ModelOptions) -> Path:
+    """The weights that are meant: those that ship with the project where no others are named or at the usual place."""
+    named = find(options.ckpt)
+    if options.ckpt == ModelOptions.ckpt and options.config is None and not named.exists():
+        shipped = find(SHIPPED)
+        return shipped if shipped.exists() else named
+    return named

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import write_model
 
+from ldm.data.shapes import FORMS
 from ldm.errors import CheckpointError, ConfigError, DeviceError, ImageError, MissingExtra, RequestError
 from ldm.generation.loading import choose, open_run
-from ldm.generation.options import REPOSITORY, ModelOptions, RunOptions, find
+from ldm.generation.options import REPOSITORY, ModelOptions, RunOptions, find, find_checkpoint
 from ldm.generation.request import Request
 from ldm.generation.rows import Row
 
@@ -53,6 +54,55 @@ def test_with_no_checkpoint_at_hand_the_usual_place_and_the_option_are_named(mon
     monkeypatch.setattr("ldm.generation.options.REPOSITORY", tmp_path)
     with pytest.raises(CheckpointError, match=r"models/ldm/stable-diffusion-v1/model\.ckpt.*--ckpt FILE"):
         choose(ModelOptions())
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """A tiny model where the one that ships with the project lies, seen from another folder."""
+    checkout = tmp_path / "checkout"
+    weights = write_model(checkout / "models/ldm/shapes", suffix=".safetensors")
+    with open(weights.with_name("config.yaml"), "a") as config:
+        config.write("prompt_grammar: {target: ldm.data.shapes.parse}\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("ldm.generation.options.REPOSITORY", checkout)
+    return weights
+
+
+def test_with_no_checkpoint_at_hand_the_shipped_model_is_taken_and_that_is_said_in_one_line(shipped, caplog):
+    with caplog.at_level("INFO"):
+        chosen = choose(ModelOptions())
+    assert (chosen.checkpoint, chosen.config) == (shipped, shipped.with_name("config.yaml"))
+    (said,) = caplog.messages
+    assert "models/ldm/stable-diffusion-v1/model.ckpt" in said
+    assert "python scripts/fetch_model.py v1.4" in said
+
+
+def test_the_shipped_model_takes_the_place_of_no_other(shipped, monkeypatch):
+    with pytest.raises(CheckpointError, match="fetch_model"):
+        choose(ModelOptions(config="configs/stable-diffusion/v1-inference.yaml"))
+    assert find_checkpoint(ModelOptions(ckpt="mine.ckpt")).name == "mine.ckpt"
+    usual = shipped.parents[1] / "stable-diffusion-v1/model.ckpt"
+    write_model(usual.parent)
+    assert choose(ModelOptions()).checkpoint == usual
+
+
+def test_a_prompt_that_the_shipped_model_cannot_read_is_told_in_one_line(shipped, tmp_path, caplog):
+    chosen = choose(ModelOptions())
+    run = RunOptions(outdir=str(tmp_path / "out"), watermark="", safety="off")
+
+    def warnings(*prompts: str) -> list[str]:
+        caplog.clear()
+        open_run([Row(Request(prompt=prompt)) for prompt in prompts], ModelOptions(device="cpu"), run, print, chosen)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings("A large red circle on a blue background", "") == []
+    (said,) = warnings("a small red ring on a blue background", "an astronaut on a horse", "a horse", "a horse")
+    assert "'an astronaut on a horse'" in said
+    assert all(form in said for form in FORMS)
+    assert "and so for 1 more" in said
+    (said,) = warnings("a large crimson circle on a blue background")
+    assert "no colour 'crimson'; it knows red, green" in said
 
 
 def test_shipped_files_are_found_from_any_folder(monkeypatch, tmp_path):

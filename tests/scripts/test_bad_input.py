@@ -82,10 +82,11 @@ def test_a_checkpoint_that_asks_to_run_code_is_refused_and_nothing_runs(txt2img,
     assert not Path("attacked").exists()
 
 
-def test_a_checkpoint_that_is_not_there_says_where_it_was_looked_for(txt2img, script):
+def test_a_checkpoint_that_is_not_there_says_where_it_was_looked_for(txt2img, script, monkeypatch, tmp_path):
     check(txt2img("--ckpt", "nowhere.ckpt"), 3, "no checkpoint at nowhere.ckpt")
-    check(script("txt2img"), 3, "models/ldm/stable-diffusion-v1/model.ckpt", "--ckpt FILE")
     check(script("txt2img", "--laion400m"), 3, "models/ldm/text2img-large/model.ckpt")
+    monkeypatch.setattr("ldm.generation.options.REPOSITORY", tmp_path)  # where no model ships with the project
+    check(script("txt2img"), 3, "models/ldm/stable-diffusion-v1/model.ckpt", "--ckpt FILE")
 
 
 def test_a_checkpoint_of_another_family_names_its_own_config(txt2img, models):

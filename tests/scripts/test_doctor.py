@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.doctor import Finding, lines, pins, ready, satisfies, split
+from ldm.doctor import Finding, checkpoints, lines, pins, ready, satisfies, split, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,6 +142,22 @@ def test_versions_of_a_build_are_those_of_the_release():
 def test_the_pins_are_those_of_the_constraints():
     assert pins()["invisible-watermark"]
     assert pins()["torch"]
+
+
+def test_the_model_that_ships_with_the_project_is_enough_and_what_it_lacks_is_told(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for module in ("ldm.doctor", "ldm.generation.options"):
+        monkeypatch.setattr(f"{module}.REPOSITORY", tmp_path / "checkout")
+    folder = tmp_path / "checkout/models/ldm/shapes"
+    (folder / "clip").mkdir(parents=True)
+    for name in ("model.safetensors", "clip/model.safetensors", "clip/config.json"):
+        (folder / name).touch()
+    shipped = str(folder / "model.safetensors")
+    assert list(map(str, weights())) == [shipped]
+    found = list(checkpoints({"checkpoints": {shipped: {"family": "unknown", "config": "config.yaml"}}}))
+    assert [finding.state for finding in found] == ["ok", "note"]
+    assert "coloured shapes" in found[1].text
+    assert "fetch_model.py" in found[1].mend
 
 
 def test_only_what_a_picture_needs_keeps_it_from_being_made():

@@ -49,8 +49,9 @@ def test_the_folder_holds_every_part_in_half_precision_and_is_small_enough(made)
 
 
 @torch.no_grad()
-def test_the_loader_builds_the_model_which_draws_at_its_size(made, monkeypatch):
-    monkeypatch.chdir(made)
+def test_the_folder_is_loaded_from_where_it_lies_and_the_model_draws_at_its_size(made, monkeypatch):
+    monkeypatch.chdir("/")
+    assert "version: clip\n" in (made / "out" / "config.yaml").read_text()
     model = load_model(made / "out" / "config.yaml", made / "out" / "model.safetensors")
     assert type(model).__name__ == "LatentDiffusion"
     cond = model.get_learned_conditioning(["a small red ring on a blue background"])

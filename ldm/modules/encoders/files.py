@@ -10,6 +10,12 @@ from ldm.errors import CheckpointError, ConfigError
 
 # Where a model that a user has put beside the checkpoints is looked for, by the last part of its name.
 MODELS = Path("models")
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def find_folder(path: str) -> Path | None:
+    """The folder at a path that starts from the working folder, else from the repository; None where neither has it."""
+    return next((folder for folder in (Path(path), REPOSITORY / path) if folder.is_dir()), None)
 
 
 def local_folder(name: str, marks: tuple[str, ...]) -> Path | None:

@@ -3,14 +3,13 @@
 import html
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError, RequestError
 from ldm.modules.encoders.clip import ClipConfig, ClipTextTransformer, tower_config
-from ldm.modules.encoders.files import pick, read_json, read_weights
+from ldm.modules.encoders.files import find_folder, pick, read_json, read_weights
 from ldm.modules.encoders.general import AbstractEncoder
 from ldm.modules.encoders.openclip import Clip, published_clip
 from ldm.modules.encoders.tokenizer import CLIP_VOCABULARY, TextTokenizer, clip_tokenizer, tokenizer_folder
@@ -183,8 +182,8 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
     """Tokenizer and text tower of a known name or of a folder; see FrozenCLIPEmbedder."""
     if version in CLIP_VERSIONS:
         return clip_tokenizer(), ClipTextTransformer(CLIP_VERSIONS[version])
-    folder = Path(version)
-    if not folder.is_dir():
+    folder = find_folder(version)
+    if folder is None:
         known = ", ".join(CLIP_VERSIONS)
         raise ConfigError(f"no CLIP text encoder {version!r}: it must be a folder with config.json, or one of {known}")
     described = read_json(folder / "config.json")

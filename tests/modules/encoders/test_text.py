@@ -43,6 +43,14 @@ def test_a_folder_holds_the_weights_of_the_rule(tiny):
         torch.testing.assert_close(tiny.state_dict()[key], weight, rtol=0, atol=0)
 
 
+def test_a_folder_of_the_repository_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ldm.modules.encoders.files.REPOSITORY", GOLDENS)
+    assert FrozenCLIPEmbedder("tiny-clip").transformer.config.width == 64
+    with pytest.raises(ConfigError, match="must be a folder"):
+        FrozenCLIPEmbedder("no-clip")
+
+
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("eos", [9, 2])
 def test_the_text_tower_equals_that_of_transformers(act, eos):
