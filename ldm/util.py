@@ -13,7 +13,9 @@ logger = logging.getLogger(__name__)
 
 # Where the targets of older YAML files live now; the longest matching prefix wins.
 TARGET_PREFIXES = {
+    "ldm.models.diffusion.ddpm_edit.LatentDiffusion": "ldm.models.diffusion.ddpm.LatentEditDiffusion",
     "main.": "ldm.training.",
+    "stable_diffusion.ldm.": "ldm.",
     "taming.data.": "ldm.data.",
     "taming.modules.": "ldm.modules.",
 }
@@ -42,12 +44,12 @@ def optional(module: str, extra: str):
 
 
 def current_target(target: str) -> str:
-    """The dotted name that `target` of an older YAML file has here."""
+    """The dotted name that `target` of an older YAML file has here; one row of the table may lead to another."""
     matches = [prefix for prefix in TARGET_PREFIXES if target.startswith(prefix)]
     if not matches:
         return target
     prefix = max(matches, key=len)
-    return TARGET_PREFIXES[prefix] + target[len(prefix):]
+    return current_target(TARGET_PREFIXES[prefix] + target[len(prefix):])
 
 
 def get_obj_from_str(string: str, reload: bool = False):

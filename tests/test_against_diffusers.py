@@ -39,7 +39,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 # The largest difference of decoded pixels, which are about -1 to 1. Rounding alone makes 1e-5; the v model, whose
 # answers change fast with its input, enlarges it twenty times.
-TOLERANCE = {"text": 1e-4, "v": 1e-3, "inpaint": 1e-4}
+TOLERANCE = {"text": 1e-4, "v": 1e-3, "inpaint": 1e-4, "edit": 1e-4}
 
 
 class Ours:
@@ -333,3 +333,15 @@ def test_inpainting_by_blending_draws_the_same_latents(both, sketch):
         image=theirs.encode(image), mask_image=mask, masked_image_latents=torch.zeros(1, *SHAPE[1:]), strength=0.6,
         num_inference_steps=10, height=64, width=64)  # fmt: skip
     assert_matches(drawn[0][..., 8:], latents[..., 8:])
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_a"])
+def test_an_edit_draws_the_same_picture(both, sketch, name):
+    ours, theirs = both("edit")
+    files, image, _ = sketch
+    method = METHODS[name]
+    drawn = ours.draw(sampler=name, steps=10, scale=5.0, image_scale=1.5, init_img=files["init_img"])
+    latents = theirs.draw(
+        method.scheduler(**BETAS, **method.told), 5.0, "InstructPix2Pix", image=((image + 1) / 2).expand(2, -1, -1, -1),
+        image_guidance_scale=1.5, num_inference_steps=10)
+    assert_same_pictures(ours, theirs, drawn, latents, TOLERANCE["edit"])

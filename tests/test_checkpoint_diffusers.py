@@ -27,7 +27,7 @@ from ldm.modules.encoders.openclip import Clip
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = {"text": "StableDiffusionPipeline", "v": "StableDiffusionPipeline",
-             "inpaint": "StableDiffusionInpaintPipeline"}
+             "inpaint": "StableDiffusionInpaintPipeline", "edit": "StableDiffusionInstructPix2PixPipeline"}
 CONFIGS = {"sd-v1": "v1-inference", "sd-v1-inpainting": "v1-inpainting-inference", "sd-v2-base": "v2-inference",
            "sd-v2-v": "v2-inference-v", "sd-v2-inpainting": "v2-inpainting-inference"}
 
@@ -460,7 +460,7 @@ def test_an_index_that_is_no_json_is_an_error(saved, tmp_path):
 
 
 @pytest.mark.parametrize(("file", "change", "said"), [
-    ("unet", {"in_channels": 8}, "reads 8 channels"),
+    ("unet", {"in_channels": 6}, "reads 6 channels"),
     ("unet", {"attention_head_dim": [2, 3, 4]}, "of one number or of one width"),
     ("unet", {"block_out_channels": None}, "describe no model"),
     ("vae", {"latent_channels": "four"}, "describe no model"),

@@ -37,6 +37,12 @@ def test_a_text_encoder_without_its_inner_name_is_still_sd_1():
     assert identify(renamed).name == "Stable Diffusion 1"
 
 
+def test_instruct_pix2pix_is_sd_1_with_eight_channels():
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    family = identify(shapes("sd-v1") | {first: (320, 8, 3, 3)})
+    assert (family.name, family.script) == ("InstructPix2Pix", "scripts/edit.py")
+
+
 def test_a_single_autoencoder_is_told_by_its_latent():
     stage = "first_stage_model."
     alone = {key.removeprefix(stage): shape for key, shape in shapes("sd-v1").items() if key.startswith(stage)}

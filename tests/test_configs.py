@@ -86,6 +86,14 @@ def test_a_config_builds_exactly_the_weights_of_its_published_checkpoint(path, l
     assert ours == manifest(layout)
 
 
+def test_instruct_pix2pix_has_the_weights_of_v1_and_four_more_input_channels():
+    v1, edit = (built(f"configs/stable-diffusion/{name}.yaml")[0].state_dict()
+                for name in ("v1-inference", "instruct-pix2pix"))
+    assert edit.keys() == v1.keys()
+    grown = {key: tuple(weight.shape) for key, weight in edit.items() if weight.shape != v1[key].shape}
+    assert grown == {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}
+
+
 def test_the_parts_of_v1_have_the_sizes_that_are_known_of_it():
     model, _ = built("configs/stable-diffusion/v1-inference.yaml")
     parts = (model.model, model.first_stage_model, model.cond_stage_model)

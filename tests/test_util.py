@@ -62,6 +62,8 @@ def test_prefixes_of_older_yaml_files_lead_to_where_things_live_now():
     assert current_target("main.DataModuleFromConfig") == "ldm.training.DataModuleFromConfig"
     assert current_target("taming.data.faceshq.CelebAHQTrain") == "ldm.data.faceshq.CelebAHQTrain"
     assert current_target("torch.nn.Identity") == "torch.nn.Identity"
+    edit = "stable_diffusion.ldm.models.diffusion.ddpm_edit.LatentDiffusion"
+    assert get_obj_from_str(edit).__name__ == "LatentEditDiffusion"
 
 
 def test_default_calls_plain_functions_only():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import fill
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from support import GOLDENS
 
@@ -30,11 +30,15 @@ CLASSES = {
     "params": {"embed_dim": 64, "n_classes": 11, "key": "class_label"},
 }
 
-# What each kind of model changes in the params of a golden config.
+# What each kind of model changes in the params of a golden config; `target` is that of the model itself.
 KINDS = {
     "text": ("tiny", {"cond_stage_config": TEXT_ENCODER}),
     "v": ("tiny-v2", {"cond_stage_config": TEXT_ENCODER}),
     "inpaint": ("tiny-inpaint", {"cond_stage_config": TEXT_ENCODER}),
+    "edit": ("tiny", {
+        "target": "ldm.models.diffusion.ddpm_edit.LatentDiffusion", "cond_stage_config": TEXT_ENCODER,
+        "cond_stage_key": "edit", "conditioning_key": "hybrid", "unet_config.params.in_channels": 8,
+    }),
     "pairs": ("tiny-concat", {"cond_stage_config": "__is_first_stage__", "first_stage_config": VQ_STAGE}),
     "unconditional": ("tiny-concat", {
         "cond_stage_config": "__is_unconditional__", "conditioning_key": None, "unet_config.params.in_channels": 4,
@@ -43,13 +47,19 @@ KINDS = {
 }  # fmt: skip
 
 
+def tiny_config(kind: str) -> DictConfig:
+    """The config of a tiny model (64x64 pixels)."""
+    golden, changes = KINDS[kind]
+    config = OmegaConf.load(GOLDENS / f"{golden}.yaml")
+    for name, value in changes.items():
+        OmegaConf.update(config.model, name if name == "target" else f"params.{name}", value, merge=False)
+    return config
+
+
 def write_model(folder: Path, kind: str = "text", suffix: str = ".ckpt") -> Path:
     """Write `model<suffix>` and `config.yaml` of a tiny model (64x64 pixels), and give the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    golden, params = KINDS[kind]
-    config = OmegaConf.load(GOLDENS / f"{golden}.yaml")
-    for name, value in params.items():
-        OmegaConf.update(config.model.params, name, value, merge=False)
+    config = tiny_config(kind)
     OmegaConf.save(config, folder / "config.yaml")
     state = fill.fill_module(instantiate_from_config(config.model), salt=0).state_dict()
     path = folder / f"model{suffix}"

@@ -45,6 +45,7 @@ def unet(channels: int, inputs: int, context: int | None = None, **others: Shape
 
 SD, LDM, FIRST_STAGES = "configs/stable-diffusion", "models/ldm", "models/first_stage_models"
 TXT2IMG, INPAINT, SAMPLE = "scripts/txt2img.py", "scripts/inpaint.py", "scripts/sample_diffusion.py"
+EDIT = "scripts/edit.py"
 
 # The first row that fits is the answer, so the particular stands before the general.
 FAMILIES = (
@@ -60,7 +61,7 @@ FAMILIES = (
     Family("Stable Diffusion image variations", None, None,
            unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
     Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),
-    Family("InstructPix2Pix", None, None, unet(320, 8, 768)),
+    Family("InstructPix2Pix", f"{SD}/instruct-pix2pix.yaml", EDIT, unet(320, 8, 768)),
     Family("Stable Diffusion 1", f"{SD}/v1-inference.yaml", TXT2IMG, unet(320, 4, 768)),
     Family("latent-diffusion text-to-image 1.45B", "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
            f"{TXT2IMG} --laion400m", unet(320, 4, 1280)),

@@ -16,6 +16,7 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 # By how many channels a UNet reads beside the latent: our class and its conditioning, their pipeline.
 KINDS = {
     0: ("ldm.models.diffusion.ddpm.LatentDiffusion", "crossattn", "StableDiffusionPipeline"),
+    4: ("ldm.models.diffusion.ddpm_edit.LatentDiffusion", "hybrid", "StableDiffusionInstructPix2PixPipeline"),
     5: ("ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "hybrid", "StableDiffusionInpaintPipeline"),
 }
 UNET, VAE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
@@ -128,7 +129,8 @@ def from_yaml(section: Mapping, text: Mapping[str, Tensor]) -> dict[str, dict[st
         unet, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
         beside = unet["in_channels"] - stage["ddconfig"]["z_channels"]
         if beside not in KINDS or not unet.get("use_spatial_transformer") or stage["ddconfig"].get("attn_resolutions"):
-            raise ConfigError("only Stable Diffusion 1 and 2 and their inpainting models have a place in that layout")
+            raise ConfigError("only Stable Diffusion 1 and 2, their inpainting models and InstructPix2Pix have a "
+                              "place in that layout")
         return {
             INDEX: index(KINDS[beside][2]),
             "scheduler/scheduler_config.json": schedule_config(params),

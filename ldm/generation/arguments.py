@@ -117,8 +117,9 @@ def add_sampling(
     scale: float,
     steps: Sequence[str] = ("--ddim_steps", "--steps"),
     eta: Sequence[str] = ("--ddim_eta",),
+    guidance: Sequence[str] = ("--scale",),
 ) -> None:
-    """steps, eta: the spellings of these two options."""
+    """steps, eta, guidance: the spellings of these options."""
     group = parser.add_argument_group("how to sample")
     group.add_argument("--sampler", choices=SAMPLERS, default=sampler, metavar="NAME",
                        help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)")
@@ -135,7 +136,7 @@ def add_sampling(
                        help="denoising steps of any sampler (default: %(default)s)")
     group.add_argument(*eta, dest="eta", type=float, default=Request.eta, metavar="X",
                        help=f"noise added at each step, 0 to 1, with {', '.join(ETA_SAMPLERS)} (default: %(default)s)")
-    group.add_argument("--scale", type=float, default=scale, metavar="X",
+    group.add_argument(*guidance, dest="scale", type=float, default=scale, metavar="X",
                        help="guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
     group.add_argument("--seed", type=int, default=Request.seed, metavar="N", help="(default: %(default)s)")
     group.add_argument("--seed_mode", choices=SEED_MODES, default=Request.seed_mode,

@@ -99,9 +99,8 @@ class Pipeline:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
         start, levels = self.path(request)
-        denoise = sampling.denoiser(
-            model.apply_model, model.parameterization, told.positive, told.negative, request.scale
-        )
+        guidance = sampling.Guidance(request.scale, request.image_scale)
+        denoise = sampling.Denoiser(sampling.ask(model.apply_model, told.roles), model.parameterization, guidance)
         blending = mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
         clean = stages.first_latent(model, image) if start.alpha or blending else 0.0
         keep = functional.interpolate(mask, size=clean.shape[-2:]) if blending else None
@@ -128,5 +127,5 @@ class Pipeline:
                 x.copy_(stages.blend(clean, x, keep, level, draw(x)))
             on_step(x, x0)
             if now := told.later.get(step):
-                denoise.predict = sampling.guide(model.apply_model, now.positive, now.negative, request.scale)
+                denoise.ask = sampling.ask(model.apply_model, now.roles)
         return x

@@ -55,6 +55,7 @@ class Recorder:
             "Steps": request.steps,
             "Sampler": sampler_label(request.sampler, request.schedule),
             "CFG scale": request.scale,
+            "Image CFG scale": request.image_scale,
             "Seed": request.seed,
             "Size": f"{width}x{height}",
             "Model hash": self.sha256[:10],

@@ -23,6 +23,7 @@ class Request:
     """One picture: what to draw, how to sample it, and what to start from. It checks itself when it is made.
 
     width, height: pixels, or None for the model's native size. strength: how much of `init_img` is noised away, 0 to 1.
+    image_scale: of a picture that is edited as the prompt says, how closely it is followed; None where none is.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
@@ -38,6 +39,7 @@ class Request:
     solver_order: int = 2
     solver_method: str = "multistep"
     scale: float = 7.5
+    image_scale: float | None = None
     seed: int = 42
     seed_mode: str = "run"
     fixed_code: bool = False
@@ -65,6 +67,8 @@ class Request:
         check_range("seed", self.seed, 0, MAX_SEED)
         if not math.isfinite(self.scale):
             raise RequestError(f"scale must be a finite number, got {self.scale}; 7.5 is usual, 1 means no guidance")
+        if self.image_scale is not None and not math.isfinite(self.image_scale):
+            raise RequestError(f"image_scale must be a finite number, got {self.image_scale}; 1.5 is usual")
         if self.eta and self.sampler not in ETA_SAMPLERS:
             raise RequestError(f"ddim_eta must be 0 with {self.sampler}, got {self.eta}; only ddim takes an eta")
         for name in ("width", "height"):
@@ -73,6 +77,11 @@ class Request:
                 raise RequestError(f"{name} must be positive, got {value}; the model's native size needs no option")
         if self.mask and not self.init_img:
             raise RequestError("a mask needs the picture that it belongs to: give --init-img too")
+
+    @property
+    def steers(self) -> bool:
+        """Whether guidance needs to know what the network says without the prompt."""
+        return self.scale != 1.0 or self.image_scale is not None
 
     def with_seed(self, seed: int) -> "Request":
         return replace(self, seed=seed)

@@ -14,32 +14,65 @@ from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation.request import Request
 from ldm.generation.words import Known, Words, script
-from ldm.models.diffusion.ddpm import LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion, LatentInpaintDiffusion
 
 logger = logging.getLogger(__name__)
+
+REPAINTS = "this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask"
+EDITS = "this model edits a whole picture as the prompt says: use scripts/edit.py with --init-img"
 
 
 @dataclass(frozen=True)
 class Condition:
     """What the denoiser is told, with and without guidance, and what it is told instead from a `later` step on.
 
-    cut: the words of each prompt that did not fit.
+    cut: the words of each prompt that did not fit. image: what is told of a picture to edit, without the prompt.
     """
 
     positive: Tensor | dict | None
     negative: Tensor | dict | None
     cut: tuple[str, ...] = ()
     later: Mapping[int, "Condition"] = field(default_factory=dict)
+    image: dict | None = None
+
+    @property
+    def roles(self) -> sampling.Told:
+        """All of it as guidance takes it."""
+        return sampling.Told(self.negative, self.image, self.positive)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a kind of model is told beside a prompt, joined to the latent by channel.
+
+    concat: (model, image (1, 3, h, w), mask (1, 1, h, w) or None) -> (1, *, h/f, w/f); fits: whether a request has what
+    that needs; advice: what to say where it has not.
+    """
+
+    concat: Callable[[LatentDiffusion, Tensor, Tensor | None], Tensor]
+    fits: Callable[[Request], bool]
+    advice: str
+
+
+def beside_prompt(model: LatentDiffusion) -> Beside | None:
+    """What this model is told beside a prompt, None where that is not known here."""
+    return next((beside for kind, beside in BESIDE.items() if isinstance(model, kind)), None)
 
 
 def check(model: LatentDiffusion, request: Request) -> None:
     """Raise RequestError for a request that lacks what this model needs, or has what it cannot take."""
     encoder, key = model.cond_stage_model, model.model.conditioning_key
     classes = getattr(encoder, "n_classes", 0)
-    if key in ("concat", "hybrid") and request.mask is None:
-        raise RequestError("this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask")
-    if key == "hybrid" and not isinstance(model, LatentInpaintDiffusion):
-        raise RequestError(f"it is not known here what {type(model).__name__} takes beside a prompt")
+    if key == "concat" and request.mask is None:
+        raise RequestError(REPAINTS)
+    if key == "hybrid":
+        if not (beside := beside_prompt(model)):
+            raise RequestError(f"it is not known here what {type(model).__name__} takes beside a prompt")
+        if not beside.fits(request):
+            raise RequestError(beside.advice)
+    if request.image_scale is not None and not isinstance(model, LatentEditDiffusion):
+        raise RequestError("this model does not edit pictures as a prompt says: use scripts/img2img.py, or name an "
+                           "InstructPix2Pix checkpoint with --ckpt")
     if classes and request.class_label is None:
         raise RequestError(f"this model draws classes 0 to {classes - 1}: use scripts/sample_diffusion.py --classes N")
     if classes and not 0 <= request.class_label < classes:
@@ -80,12 +113,14 @@ def condition(
     words = text_condition(model, batch, steps, known)
     if key != "hybrid":
         return words
-    concat = masked_latents(model, image, mask, len(batch))
+    concat = beside_prompt(model).concat(model, image, mask).expand(len(batch), -1, -1, -1)
+    edits = batch[0].image_scale is not None
+    nothing = torch.zeros_like(concat) if edits else concat
 
     def with_picture(told: Condition) -> Condition:
-        cross = (told.positive, told.negative)
-        both = (None if one is None else {"c_concat": [concat], "c_crossattn": [one]} for one in cross)
-        return Condition(*both, told.cut, {step: with_picture(other) for step, other in told.later.items()})
+        later = {step: with_picture(other) for step, other in told.later.items()}
+        seen = hybrid(concat, told.negative) if edits else None
+        return Condition(hybrid(concat, told.positive), hybrid(nothing, told.negative), told.cut, later, seen)
 
     return with_picture(words)
 
@@ -119,15 +154,20 @@ def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Conditi
     return Condition(embed(labels), nothing)
 
 
-def masked_latents(model: LatentInpaintDiffusion, image: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The mask and the latent of the picture without its masked part, side by side: (count, 1 + c, h/f, w/f).
+def hybrid(concat: Tensor, cross: Tensor | None) -> dict | None:
+    """A picture and a prompt for the network together."""
+    return None if cross is None else {"c_concat": [concat], "c_crossattn": [cross]}
+
+
+def masked_latents(model: LatentInpaintDiffusion, image: Tensor, mask: Tensor) -> Tensor:
+    """The mask and the latent of the picture without its masked part, side by side: (1, 1 + c, h/f, w/f).
 
     The part to repaint is set to 0, mid grey, as the Stable Diffusion inpainting models were trained.
     """
     latent = first_latent(model, image * (mask < 0.5))
     small = functional.interpolate(mask, size=latent.shape[-2:])
     parts = {"mask": small, model.masked_image_key: latent}
-    return torch.cat([parts[key] for key in model.concat_keys], dim=1).expand(count, -1, -1, -1)
+    return torch.cat([parts[key] for key in model.concat_keys], dim=1)
 
 
 def concat_condition(model: LatentDiffusion, image: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -138,17 +178,22 @@ def concat_condition(model: LatentDiffusion, image: Tensor, mask: Tensor, count:
     return torch.cat([latent, small], dim=1).expand(count, -1, -1, -1)
 
 
-def first_latent(model: LatentDiffusion, image: Tensor) -> Tensor:
-    """The scaled latent of a picture: the mean of the autoencoder's posterior, so that no noise is drawn for it.
+def encode(model: LatentDiffusion, image: Tensor) -> Tensor:
+    """The latent of a picture as the autoencoder gives it: the mean of its posterior, so that no noise is drawn.
 
     image: (b, 3, h, w) in [-1, 1] -> (b, c, h/f, w/f).
     """
 
-    def encode() -> Tensor:
+    def run() -> Tensor:
         posterior = model.encode_first_stage(image)
-        return model.get_first_stage_encoding(posterior if isinstance(posterior, Tensor) else posterior.mode())
+        return posterior if isinstance(posterior, Tensor) else posterior.mode()
 
-    return run_first_stage(model, encode)
+    return run_first_stage(model, run)
+
+
+def first_latent(model: LatentDiffusion, image: Tensor) -> Tensor:
+    """The latent of a picture at the scale that diffusion works in."""
+    return model.get_first_stage_encoding(encode(model, image))
 
 
 def blend(clean: Tensor, x: Tensor, mask: Tensor, level: sampling.Level, noise: Tensor) -> Tensor:
@@ -183,3 +228,13 @@ def run_first_stage(model: LatentDiffusion, run: Callable[[], Tensor]) -> Tensor
             return run().float()
     finally:
         stage.to(dtype)
+
+
+BESIDE: dict[type[LatentDiffusion], Beside] = {
+    LatentInpaintDiffusion: Beside(masked_latents, lambda request: request.mask is not None, REPAINTS),
+    LatentEditDiffusion: Beside(
+        lambda model, image, mask: encode(model, image),
+        lambda request: request.init_img is not None and request.image_scale is not None and request.mask is None,
+        EDITS,
+    ),
+}

@@ -17,9 +17,9 @@ Known = dict[tuple[str, bool, int | None], Any]
 
 
 def script(batch: Sequence[Request], steps: int) -> dict[int, tuple[str, ...]]:
-    """The prompts, then the negative ones where the scale asks for guidance, under the first step they hold for."""
+    """The prompts, then the negative ones where guidance needs them, under the first step they hold for."""
     texts = [request.prompt for request in batch]
-    if batch[0].scale != 1.0:
+    if batch[0].steers:
         texts += [request.negative_prompt for request in batch]
     if not batch[0].prompt_weights:
         return {0: tuple(texts)}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.sampling.guidance import ApplyModel, Predict, guide
+from ldm.sampling.guidance import ApplyModel, Ask, Guidance, Told, ask
 from ldm.sampling.prediction import Level, Prediction, to_prediction
 
 
@@ -14,15 +14,17 @@ from ldm.sampling.prediction import Level, Prediction, to_prediction
 class Denoiser:
     """What samplers call: x (b, c, h, w) at a level -> the clean latent and the noise in it.
 
-    predict: (x, t (b,)) -> the network's output, guidance included, which the loop around a walk may replace from step
-    to step; kind: what that output is, eps, v or x0.
+    ask: (x, t (b,)) -> what the network says to all that it is told, which the loop around a walk may replace from step
+    to step; kind: what that is, eps, v or x0; guidance: makes one output of it.
     """
 
-    predict: Predict
-    kind: str = "eps"
+    ask: Ask
+    kind: str
+    guidance: Guidance
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        return to_prediction(self.kind, x, self.predict(x, timestep(level.t, x)), level)
+        out = self.guidance(self.ask(x, timestep(level.t, x)))
+        return to_prediction(self.kind, x, out, level)
 
 
 def timestep(t: float, x: Tensor) -> Tensor:
@@ -33,4 +35,5 @@ def timestep(t: float, x: Tensor) -> Tensor:
 
 def denoiser(apply_model: ApplyModel, kind: str, cond: Any, uncond: Any = None, scale: float = 1.0) -> Denoiser:
     """Denoise with `model.apply_model`, `model.parameterization` and classifier-free guidance (see `guide`)."""
-    return Denoiser(guide(apply_model, cond, uncond, scale), kind)
+    told = Told(cond=cond, uncond=None if scale == 1 else uncond)
+    return Denoiser(ask(apply_model, told), kind, Guidance(scale))

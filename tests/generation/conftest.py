@@ -6,10 +6,8 @@ import fill
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
-from support import GOLDENS
-from tiny import KINDS
+from tiny import tiny_config
 
 from ldm.generation.geometry import geometry
 from ldm.generation.noise import NoiseSource
@@ -23,10 +21,7 @@ def pipeline():
 
     @cache
     def of(kind: str) -> Pipeline:
-        golden, params = KINDS[kind]
-        config = OmegaConf.load(GOLDENS / f"{golden}.yaml")
-        for name, value in params.items():
-            OmegaConf.update(config.model.params, name, value, merge=False)
+        config = tiny_config(kind)
         model = fill.fill_module(instantiate_from_config(config.model), salt=0)
         return Pipeline(model.eval().requires_grad_(False), geometry(config.model))
 

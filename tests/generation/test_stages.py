@@ -16,6 +16,10 @@ from ldm.generation.request import Request
         ("inpaint", {}, "use scripts/inpaint.py with --init-img and --mask"),
         ("inpaint", {"init_img": "a.png"}, "use scripts/inpaint.py"),
         ("pairs", {}, "use scripts/inpaint.py"),
+        ("edit", {"init_img": "a.png"}, "use scripts/edit.py with --init-img"),
+        ("edit", {"image_scale": 1.5}, "use scripts/edit.py with --init-img"),
+        ("edit", {"init_img": "a.png", "mask": "b.png", "image_scale": 1.5}, "edits a whole picture"),
+        ("text", {"init_img": "a.png", "image_scale": 1.5}, "scripts/img2img.py, or name an InstructPix2Pix"),
         ("pairs", {"prompt": "a fox", "init_img": "a.png", "mask": "b.png"}, "no prompt: leave --prompt out"),
         ("classes", {}, "classes 0 to 10: use scripts/sample_diffusion.py --classes"),
         ("classes", {"class_label": 11}, "classes 0 to 10, got 11"),
@@ -44,13 +48,25 @@ def test_masked_latents_are_the_mask_and_the_picture_with_a_grey_hole(pipeline):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
-    concat = stages.masked_latents(model, image, mask, count=3)
-    assert concat.shape == (3, 5, 8, 8)
-    assert torch.equal(concat[0, 0], concat[2, 0])
+    concat = stages.masked_latents(model, image, mask)
+    assert concat.shape == (1, 5, 8, 8)
     assert concat[0, 0].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 8
     hole = image.clone()
     hole[..., :16] = 0
     torch.testing.assert_close(concat[:1, 1:], model.scale_factor * model.encode_first_stage(hole).mode())
+
+
+def test_an_edit_is_told_its_picture_without_the_prompt_and_without_either_nothing_of_it(pipeline):
+    model = pipeline("edit").model
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    request = Request("make it winter", "summer", init_img="a.png", scale=1.0, image_scale=1.5)
+    told = stages.condition(model, [request] * 2, image, None, 5).roles
+    picture, prompt, negative = model.encode_first_stage(image).mode(), *map(
+        model.get_learned_conditioning, (["make it winter"], ["summer"]))
+    for cond, concat, cross in ((told.cond, picture, prompt), (told.image, picture, negative),
+                                (told.uncond, 0 * picture, negative)):
+        torch.testing.assert_close(cond, {"c_concat": [concat.expand(2, -1, -1, -1)],
+                                          "c_crossattn": [cross.expand(2, -1, -1)]})
 
 
 def test_the_latent_diffusion_inpainting_model_is_told_a_black_hole_and_a_mask_from_minus_1_to_1(pipeline):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.sampling.guidance import guide, stack
+from ldm.sampling.guidance import Guidance, Told, ask, guide, stack
 
 
 class Recorder:
@@ -40,6 +40,15 @@ def test_without_an_unconditional_or_at_scale_one_the_network_sees_the_batch_as_
 
 def test_scale_zero_is_the_unconditional():
     torch.testing.assert_close(guide(Recorder(), COND, UNCOND, 0.0)(X, T), 3 * UNCOND)
+
+
+def test_the_picture_and_the_text_of_an_edit_guide_by_themselves():
+    network = Recorder()
+    said = ask(network, Told(uncond=UNCOND, image=3 * UNCOND, cond=COND))(X, T)
+    out = Guidance(scale=7.5, image_scale=1.5)(said)
+    torch.testing.assert_close(out, 3 * UNCOND + 1.5 * (9 * UNCOND - 3 * UNCOND) + 7.5 * (3 * COND - 9 * UNCOND))
+    ((x, _, cond),) = network.calls
+    assert len(x) == 6 and cond.flatten().tolist() == [1, 1, 3, 3, 2, 2]
 
 
 def test_lists_and_dicts_of_tensors_are_stacked_entry_by_entry():

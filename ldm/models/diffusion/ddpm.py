@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 VARIANTS = (
     "ImageEmbeddingConditionedLatentDiffusion",
     "LatentDepth2ImageDiffusion",
+    "LatentEditDiffusion",
     "LatentFinetuneDiffusion",
     "LatentInpaintDiffusion",
     "LatentUpscaleDiffusion",

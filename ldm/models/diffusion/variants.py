@@ -125,6 +125,34 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         return super().condition_images(batch, c, raw, x) | masked
 
 
+class LatentEditDiffusion(ManyConditions):
+    """Edits an image as a text says (Brooks et al. 2023): c_concat is the latents of the image, unscaled.
+
+    batch: batch[cond_stage_key] holds `c_crossattn`, texts, and `c_concat`, images (b, h, w, 3) in [-1, 1]. Training
+    drops the text alone, the image alone and both with a probability of 5 % each, for two guidances (sec. 3.2.1).
+    """
+
+    dropped = 0.05
+
+    @torch.no_grad()
+    def get_input(self, batch: Mapping, k: str, *args, **kwargs) -> list:
+        z, c, *rest = super().get_input(batch, k, *args, **kwargs)
+        if self.training:
+            chance = torch.rand(len(z), 1, 1, device=z.device) / self.dropped
+            text, image = c["c_crossattn"][0], c["c_concat"][0]
+            text = torch.where(chance < 2, self.get_learned_conditioning([""]), text)
+            image = image * ((chance < 1) | (chance >= 3))[..., None]
+            c = {"c_crossattn": [text], "c_concat": [image]}
+        return [z, c, *rest]
+
+    def raw_condition(self, batch: Mapping, key: str, x: Tensor):
+        return batch[key]["c_crossattn"]
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        posterior = self.encode_first_stage(self.image(batch[self.cond_stage_key], "c_concat", z))
+        return {"c_concat": [posterior if isinstance(posterior, Tensor) else posterior.mode()]}
+
+
 class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     """Keeps the depth of an image: c_concat is what depth_model says of batch["midas_in"] (b, 3, h, w), in [-1, 1]."""
 

@@ -32,6 +32,7 @@ def build(small_model):
     """Each variant at its smallest, by name."""
     configs = {
         "LatentInpaintDiffusion": {"unet": {"in_channels": 9}, "conditioning_key": "hybrid"},
+        "LatentEditDiffusion": {"unet": {"in_channels": 8}, "conditioning_key": "hybrid", "cond_stage_key": "edit"},
         "LatentDepth2ImageDiffusion": {"unet": {"in_channels": 5}, "conditioning_key": "hybrid",
                                        "depth_stage_config": IDENTITY},
         "LatentUpscaleDiffusion": {"unet": {"in_channels": 7, "num_classes": 10}, "conditioning_key": "hybrid-adm",
@@ -109,6 +110,35 @@ def test_the_published_form_of_the_inpainting_model_builds():
     model = tiny_model("tiny-inpaint")
     assert isinstance(model, variants.LatentInpaintDiffusion)
     assert (model.concat_keys, model.masked_image_key) == (("mask", "masked_image"), "masked_image")
+
+
+# Editing --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edits(batch):
+    """A batch of 40 times the same edit."""
+    image, text = batch["image"][:1].expand(40, -1, -1, -1), batch["txt"][:1].expand(40, -1, -1)
+    return {"image": image, "edit": {"c_concat": 0.5 * image, "c_crossattn": text}}
+
+
+def test_an_edit_is_told_the_text_and_the_unscaled_latents_of_the_picture(build, edits):
+    model = build("LatentEditDiffusion", scale_factor=2.0).eval()
+    z, cond = model.get_input(edits, "image")
+    torch.testing.assert_close(cond["c_concat"][0], z / 4)
+    assert torch.equal(cond["c_crossattn"][0], edits["edit"]["c_crossattn"])
+
+
+def test_training_drops_text_and_picture_of_an_edit_alone_and_together(build, edits):
+    model = build("LatentEditDiffusion").train()
+    model.get_learned_conditioning = lambda c: torch.zeros(1, 3, 8) if c == [""] else c
+    model.dropped = 0.25
+    torch.manual_seed(0)
+    cond = model.get_input(edits, "image")[1]
+    kept = zip(cond["c_crossattn"][0].flatten(1).any(1).tolist(), cond["c_concat"][0].flatten(1).any(1).tolist())
+    assert {*kept} == {(True, True), (True, False), (False, True), (False, False)}
+    loss, _ = model.shared_step(edits)
+    assert loss.isfinite()
 
 
 # Starting with fewer channels -----------------------------------------------------------------------------------------
