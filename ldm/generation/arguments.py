@@ -106,6 +106,10 @@ def add_rows(parser: Parser) -> None:
                        "behind it where they differ (a fox --seed 7); .jsonl and .csv have the long names of options "
                        "as keys. {red,blue} in a prompt makes a row of each. - takes lines of standard input as they "
                        "come, until it ends")
+    group.add_argument("--xy", nargs="+", default=(), metavar="OPTION=A,B",
+                       help='lay out two options, the first across and the second down, or one alone, in a labelled '
+                       'grid: --xy "steps=10,20,50" "scale=3,7.5". All its pictures start from the same noise; each '
+                       "row of a file and each of --n_iter rounds, which has the next seed, makes a grid")
     group.add_argument("--resume", dest="go_on", action="store_true",
                        help="go on with the run of this command that OUTDIR/manifest.jsonl tells of: what is missing, "
                        "altered or failed is made (again), under the same names")

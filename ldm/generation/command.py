@@ -13,10 +13,11 @@ from typing import Any
 from ldm.errors import LdmError, RequestError
 from ldm.generation.arguments import Parser, pick
 from ldm.generation.arrivals import Arrivals
+from ldm.generation.axes import read_axes
 from ldm.generation.events import Tell, as_json, as_path
 from ldm.generation.options import AHEAD, INTERRUPTED, ModelOptions, RunOptions, find, find_checkpoint
 from ldm.generation.request import Request
-from ldm.generation.rows import Row, check_rows, read_rows, row_parser
+from ldm.generation.rows import Row, check_rows, read_rows, row_parser, spread
 from ldm.generation.settings import toml
 
 logger = logging.getLogger(__name__)
@@ -76,12 +77,15 @@ def rows(
 
     A row of the file may have the options of `add_options`; `needs` are those that it cannot do without.
     """
-    prompt, run = Row(pick(Request, args)), pick(RunOptions, args)
+    prompt, run, axes = Row(pick(Request, args)), pick(RunOptions, args), read_axes(args.xy)
     if not args.from_file:
-        return [prompt] * run.batch_size
+        return spread(prompt, axes, add_options) if axes else [prompt] * run.batch_size
     parse = row_parser(add_options, args, needs)
     if args.from_file != "-":
-        return read_rows(args.from_file, parse)
+        rows = read_rows(args.from_file, parse)
+        return [cell for row in rows for cell in spread(row, axes, add_options)] if axes else rows
+    if axes:
+        raise RequestError("--xy cannot be drawn of rows that are still to come: write them to a file for --from-file")
     if args.print_config:
         return []
     if sys.stdin is None:
@@ -123,14 +127,13 @@ def in_the_yaml(args: Namespace) -> tuple[dict[str, int], str]:
 def draw(args: Namespace, rows: Sequence[Row] | Arrivals) -> int:
     """Draw the rows with the model that the options name, print the path of each file, and give the exit code."""
     set_up(args)
-    known = [] if isinstance(rows, Arrivals) else rows
+    known, model, run = [] if isinstance(rows, Arrivals) else rows, pick(ModelOptions, args), pick(RunOptions, args)
     lines = len({row.place for row in known if row.place})
-    if 0 < lines < len(known):
+    if 0 < lines < len(known) and not run.xy:
         logger.info("%s: with braces, %d lines are %d prompts", args.from_file, lines, len(known))
     if args.print_config:
         check_rows(known)
         return explain(args, known)
-    model, run = pick(ModelOptions, args), pick(RunOptions, args)
 
     from ldm.generation.loading import choose, open_run
 

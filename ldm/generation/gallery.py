@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.errors import LdmError, OutputError
+from ldm.generation.axes import read_axes
 from ldm.generation.events import Tell
 from ldm.generation.finish import Finisher
 from ldm.generation.ledger import Entry, Ledger, Past, file_hash, settings_hash
@@ -20,6 +21,7 @@ from ldm.generation.record import OF_A_PICTURE, Recorder
 from ldm.generation.request import Request
 from ldm.image.grid import GridWriter
 from ldm.image.io import Outdir, read_image, write_png
+from ldm.image.table import TableWriter
 
 History = list[list[int]]
 
@@ -76,7 +78,11 @@ class Gallery:
         self.outdir = Outdir(options.outdir)
         self.ledger = Ledger(self.outdir.path)
         self._resumed: Past | None = None
-        self._grids = GridWriter(self._save_grid, options.n_rows or options.batch_size)
+        sides = [(axis.name, axis.values) for axis in read_axes(options.xy)]
+        self._grids: GridWriter | TableWriter = (
+            TableWriter(self._save_grid, sides) if sides else
+            GridWriter(self._save_grid, options.n_rows or options.batch_size)
+        )
         self._next, self._waiting = 0, {}
 
     def go_on(self, jobs: Sequence[Job]) -> bool:
@@ -172,8 +178,7 @@ class Gallery:
             return
         self._waiting[index] = image
         while self._next in self._waiting:
-            if (image := self._waiting.pop(self._next)) is not None:
-                self._grids.add(image)
+            self._grids.add(self._waiting.pop(self._next))
             self._next += 1
 
     def _save_grid(self, canvas: Image.Image) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import RequestError
+from ldm.generation.axes import read_axes
 from ldm.generation.request import check_choice
 
 PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
@@ -49,7 +50,8 @@ class RunOptions:
     batch_size: pictures sampled together. n_iter: how often the whole list of requests is gone through.
     n_rows: pictures in a row of the grid, 0 for the batch size. watermark: the text to embed, "" for none.
     stop_on_error: end at the first picture that fails. go_on: with the run of the same rows that is in the folder.
-    preview: steps from one preview to the next, 0 for none.
+    preview: steps from one preview to the next, 0 for none. xy: the axes of the grid, where the rows are its cells, row
+    by row (`ldm.generation.axes`).
     """
 
     outdir: str = "outputs"
@@ -63,9 +65,11 @@ class RunOptions:
     stop_on_error: bool = False
     go_on: bool = False
     preview: int = 0
+    xy: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("safety", self.safety, SAFETY_ACTIONS)
+        read_axes(self.xy)
         for name, low in (("batch_size", 1), ("n_iter", 1), ("n_rows", 0), ("preview", 0)):
             if getattr(self, name) < low:
                 spelled = "the pictures in a batch" if name == "batch_size" else name

@@ -7,12 +7,15 @@ import re
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
 from ldm.errors import RequestError
+from ldm.generation import settings
 from ldm.generation.arguments import Parser, pick
+from ldm.generation.axes import Axis
 from ldm.generation.request import Request, read_text
 from ldm.prompt.braces import expand_braces
 
@@ -45,6 +48,32 @@ class RowParser(Parser):
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(message)
+
+
+def spread(row: Row, axes: Sequence[Axis], add_options: Callable[[Parser], None]) -> list[Row]:
+    """The cells of a grid that differ from a row in the options of its axes, row by row, all from the same noise.
+
+    Raises RequestError for an axis that is no option of a row.
+    """
+    parser = RowParser(None, add_help=False)
+    add_options(parser)
+    names = settings.options_of(parser)
+    for axis in axes:
+        if axis.name.lower() not in names:
+            raise RequestError(f"--xy: there is no option {axis.name!r} that a row may have; the nearest is "
+                               f"{settings.nearest(axis.name, names)!r}")
+
+    def cell(values: Sequence[str]) -> Row:
+        given = {axis.name: value for axis, value in zip(axes, reversed(values))}
+        try:
+            options = [word for name, value in given.items() for word in options_of({name: meant(name, value)})]
+            request = pick(Request, parser.parse_args(options, Namespace(**asdict(row.request))))
+            return Row(replace(request, seed_mode="image"), row.place, seeded=True)
+        except RequestError as error:
+            told = " ".join(f"{name}={value}" for name, value in given.items())
+            return replace(row, error=f"--xy, {told}: {error}")
+
+    return [row] if row.error else list(map(cell, product(*(axis.values for axis in reversed(axes)))))
 
 
 def row_parser(add_options: Callable[[Parser], None], args: Namespace, needs: Sequence[str] = ()) -> Parse:
@@ -150,10 +179,12 @@ def split_csv(row: Mapping) -> list[str]:
     """Cells by column. An empty cell is no option; true and false are those of JSON."""
     if None in row:
         raise RequestError("it has more cells than there are columns; a comma in a cell needs quotes around the cell")
-    words = {"true": True, "false": False}
-    return list(options_of({
-        key: value if "prompt" in key else words.get(value.lower(), value) for key, value in row.items() if value
-    }))
+    return list(options_of({key: meant(key, value) for key, value in row.items() if value}))
+
+
+def meant(key: str, value: str) -> str | bool:
+    """A cell as what it says: but in a prompt, true and false are no words."""
+    return value if "prompt" in key and key != "prompt_weights" else WORDS.get(value.lower(), value)
 
 
 def options_of(row: Mapping) -> Iterator[str]:
@@ -169,4 +200,5 @@ def options_of(row: Mapping) -> Iterator[str]:
             yield f"--{key}={value}"
 
 
+WORDS = {"true": True, "false": False}
 FORMATS = {".jsonl": (lines, split_json), ".csv": (csv_rows, split_csv)}

@@ -49,8 +49,10 @@ class GridWriter:
         self._max_pixels = max_pixels
         self._images: list[Image.Image] = []
 
-    def add(self, image: Image.Image) -> None:
-        """Take the next picture. Saves the grid before it if that is full."""
+    def add(self, image: Image.Image | None) -> None:
+        """Take the next picture, None where it failed. Saves the grid before it if that is full."""
+        if image is None:
+            return
         if self._images:
             _, room = self._layout()
             if len(self._images) == room:

@@ -2,12 +2,15 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 
 from ldm.errors import RequestError
 from ldm.generation import arguments
-from ldm.generation.rows import Row, check_rows, read_rows, row_parser
+from ldm.generation.axes import read_axes
+from ldm.generation.request import Request
+from ldm.generation.rows import Row, check_rows, read_rows, row_parser, spread
 
 
 def add_request(parser: arguments.Parser) -> None:
@@ -156,3 +159,43 @@ def test_what_no_model_and_what_this_one_cannot_draw_is_told_together(tmp_path, 
     assert "there is no picture at absent.png" in said[1]
     with pytest.raises(RequestError, match="line 2: this model takes no prompt"):
         check_rows(read_rows(tmp_path / "rows.txt", parser()), pipeline("unconditional").check)
+
+
+FOX = Row(Request(prompt="a fox", seed=3))
+
+
+def cells(*axes: str, row: Row = FOX) -> list[Row]:
+    return spread(row, read_axes(axes), add_request)
+
+
+def test_two_options_are_spread_row_by_row_from_one_noise_and_the_rest_is_the_rows_own():
+    spread_out = cells("steps=10,20,50", "scale=3,7.5", row=Row(Request(prompt="a fox", seed=3), "line 7"))
+    assert [(row.request.scale, row.request.steps) for row in spread_out] == [
+        (3, 10), (3, 20), (3, 50), (7.5, 10), (7.5, 20), (7.5, 50)]
+    assert {replace(row.request, scale=0, steps=1) for row in spread_out} == {
+        Request(prompt="a fox", seed=3, seed_mode="image", scale=0, steps=1)}
+    assert {(row.seeded, row.place) for row in spread_out} == {(True, "line 7")}
+
+
+def test_the_values_of_an_axis_are_those_of_a_csv():
+    assert prompts(cells('prompt="a, b", c ,true')) == ["a, b", "c ", "true"]
+    assert [row.request.prompt_weights for row in cells("prompt-weights=true,False")] == [True, False]
+    assert [row.request.negative_prompt for row in cells("negative_prompt=,people")] == ["", "people"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["steps"], "takes one or two of OPTION=VALUE,VALUE, .* got 'steps'"),
+        (["steps= "], "got 'steps= '"),
+        (["=3"], "got '=3'"),
+        (["steps=3", "scale=2", "seed=1"], "got 3"),
+        (["steps=3", "steps=4"], "got steps twice"),
+        (["stepz=3"], "no option 'stepz' that a row may have; the nearest is 'steps'"),
+        (["steps=3,many"], "--xy, steps=many: .*invalid int value: 'many'"),
+        (["ddim_eta=0,1", "sampler=ddim,plms"], "--xy, ddim_eta=1 sampler=plms: ddim_eta must be 0 with plms"),
+    ],
+)
+def test_axes_that_cannot_be_laid_out_say_why(axes, message):
+    with pytest.raises(RequestError, match=message):
+        check_rows(cells(*axes))

@@ -301,3 +301,28 @@ def test_help_shows_every_sampler_and_default(script):
     assert done.code == 0
     assert all(name in text for name in SAMPLERS)
     assert "denoising steps of any sampler (default: 50)" in text
+
+
+def test_two_options_are_laid_out_in_a_grid_that_a_resume_finishes(txt2img):
+    Path("rows.txt").write_text("a fox\na hare --seed 9\n")
+    xy = ("--from-file", "rows.txt", "--xy", "steps=1,2", "sampler=euler,ddim", "--n_iter", 1, "--W", 64, "--H", 64)
+    done = txt2img(*xy)
+    assert (done.code, len(done.out)) == (0, 10)
+    *samples, first, second = sorted(done.out, key=lambda path: ("grid" in path, path))
+    records = [read_record(path)["request"] for path in samples]
+    assert [(one["prompt"], one["sampler"], one["steps"], one["seed"]) for one in records] == [
+        (prompt, sampler, steps, seed) for prompt, seed in (("a fox", 42), ("a hare", 9))
+        for sampler in ("euler", "ddim") for steps in (1, 2)]
+    shown = pixels(second)
+    for number, path in enumerate(samples[4:]):
+        x, y = 68 * (number % 2) - 136, 68 * (number // 2) - 136  # from the right and the bottom, where no text is
+        cell = shown[y:y + 64 or None, x:x + 64 or None][:64, :64]
+        assert np.array_equal(cell, pixels(path))
+    whole = Path(second).read_bytes()
+    Path(samples[6]).unlink()
+    Path(second).unlink()
+    assert sorted(txt2img(*xy, "--resume").out) == sorted([samples[6], first, second])
+    assert Path(second).read_bytes() == whole
+    alone = txt2img("--prompt", "a hare", "--seed", 9, "--seed_mode", "image", "--sampler", "ddim", "--ddim_steps", 2,
+                    "--W", 64, "--H", 64, "--n_iter", 1, "--n_samples", 1, "--skip_grid")
+    assert np.abs(pixels(alone.out[0]).astype(int) - pixels(samples[7])).max() <= 1  # it was in another batch
