@@ -43,6 +43,13 @@ def test_instruct_pix2pix_is_sd_1_with_eight_channels():
     assert (family.name, family.script) == ("InstructPix2Pix", "scripts/edit.py")
 
 
+@pytest.mark.parametrize(("channels", "name"), [(6, "LDM3D"), (4, "LDM3D-4C")])
+def test_an_autoencoder_that_also_draws_depth_makes_it_ldm3d(channels, name):
+    family = identify(shapes("sd-v1") | {"first_stage_model.decoder.conv_out.weight": (channels, 128, 3, 3)})
+    assert family.name == name
+    assert family.script == "scripts/txt2img.py"
+
+
 def test_a_single_autoencoder_is_told_by_its_latent():
     stage = "first_stage_model."
     alone = {key.removeprefix(stage): shape for key, shape in shapes("sd-v1").items() if key.startswith(stage)}

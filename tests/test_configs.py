@@ -19,7 +19,8 @@ CONFIGS = [
     "autoencoder/autoencoder_kl_64x64x3", "latent-diffusion/celebahq-ldm-vq-4", "latent-diffusion/cin-ldm-vq-f8",
     "latent-diffusion/cin256-v2", "latent-diffusion/ffhq-ldm-vq-4", "latent-diffusion/lsun_bedrooms-ldm-vq-4",
     "latent-diffusion/lsun_churches-ldm-kl-8", "latent-diffusion/txt2img-1p4B-eval",
-    "retrieval-augmented-diffusion/768x768", "stable-diffusion/v1-inference",
+    "retrieval-augmented-diffusion/768x768", "stable-diffusion/ldm3d", "stable-diffusion/ldm3d-4c",
+    "stable-diffusion/v1-inference",
     "stable-diffusion/v1-inpainting-inference", "stable-diffusion/v2-inference", "stable-diffusion/v2-inference-v",
     "stable-diffusion/v2-inpainting-inference",
 ]  # fmt: skip

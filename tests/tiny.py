@@ -43,6 +43,10 @@ KINDS = {
     "unconditional": ("tiny-concat", {
         "cond_stage_config": "__is_unconditional__", "conditioning_key": None, "unet_config.params.in_channels": 4,
     }),
+    "rgbd": ("tiny", {
+        "cond_stage_config": TEXT_ENCODER,
+        **{f"first_stage_config.params.ddconfig.{name}": 6 for name in ("in_channels", "out_ch")},
+    }),
     "classes": ("tiny", {"cond_stage_config": CLASSES, "cond_stage_key": "class_label"}),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ Shape = tuple[int | None, ...]
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # (model channels, latent and concatenated channels, 3, 3)
 CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (_, conditioning)
 CODEBOOK = "quantize.embedding.weight"  # (codes, channels)
+DECODED = "first_stage_model.decoder.conv_out.weight"  # (channels of the picture, channels, 3, 3)
 TO_LATENT = "post_quant_conv.weight"  # (channels, channels, 1, 1)
 
 
@@ -62,6 +63,8 @@ FAMILIES = (
            unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
     Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),
     Family("InstructPix2Pix", f"{SD}/instruct-pix2pix.yaml", EDIT, unet(320, 8, 768)),
+    Family("LDM3D", f"{SD}/ldm3d.yaml", TXT2IMG, unet(320, 4, 768, **{DECODED: (6, 128, 3, 3)})),
+    Family("LDM3D-4C", f"{SD}/ldm3d-4c.yaml", TXT2IMG, unet(320, 4, 768, **{DECODED: (4, 128, 3, 3)})),
     Family("Stable Diffusion 1", f"{SD}/v1-inference.yaml", TXT2IMG, unet(320, 4, 768)),
     Family("latent-diffusion text-to-image 1.45B", "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
            f"{TXT2IMG} --laion400m", unet(320, 4, 1280)),

@@ -132,7 +132,7 @@ def from_yaml(section: Mapping, text: Mapping[str, Tensor]) -> dict[str, dict[st
             raise ConfigError("only Stable Diffusion 1 and 2, their inpainting models and InstructPix2Pix have a "
                               "place in that layout")
         return {
-            INDEX: index(KINDS[beside][2]),
+            INDEX: index(KINDS[beside][2] if stage["ddconfig"]["out_ch"] == 3 else "StableDiffusionLDM3DPipeline"),
             "scheduler/scheduler_config.json": schedule_config(params),
             "text_encoder/config.json": text_config(params["cond_stage_config"], text),
             "unet/config.json": unet_config(unet, params.get("image_size", 64)),

@@ -18,7 +18,7 @@ from ldm.generation.arrivals import Arrivals
 from ldm.generation.background import Background, Interrupt
 from ldm.generation.events import Tell, telling
 from ldm.generation.finish import Finisher
-from ldm.generation.gallery import Drawn, Gallery, Part, asked
+from ldm.generation.gallery import Drawn, Gallery, Part, asked, tell_saved
 from ldm.generation.noise import NoiseSource
 from ldm.generation.options import INTERRUPTED, RunOptions
 from ldm.generation.pipeline import OnStep, Picture, Pipeline
@@ -133,7 +133,7 @@ class Run:
         def keep(drawn: Drawn) -> None:
             path = folder / names[drawn.job.request]
             if isinstance(drawn.outcome, Picture) and not path.exists():  # else another run has made it in the meantime
-                self._write(drawn, lambda image, info: write_png(path, image, info))
+                self._write(drawn, lambda image, info, depth: write_png(path, image, info))
 
         return self._draw((Part(batch, batch) for batch in batches), keep,
                           (len(batches), len(batches), sum(map(self._walk, batches))))
@@ -153,7 +153,7 @@ class Run:
     def _write(self, drawn: Drawn, save: Callable[..., Path]) -> None:
         made = self.finish(drawn.outcome)
         info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(drawn.job), drawn.before)
-        self.tell("saved", path=save(made.image, info), kind="picture", **asked(drawn.job.request))
+        tell_saved(self.tell, save(made.image, info, made.depth), made)
 
     def _walk(self, batch: Sequence[Job]) -> int:
         """How many steps a batch takes."""

@@ -19,6 +19,7 @@ class Finished:
     """A picture as it is written, and what was done to it.
 
     watermark: the method that it can be read back with, or None. safety: what the checker found, "" where none looked.
+    depth: its depth map, where the model draws one; that of a picture which may not be seen is left out.
     """
 
     image: Image.Image
@@ -26,6 +27,7 @@ class Finished:
     watermark: str | None
     safety: str
     cut: str
+    depth: Image.Image | None = None
 
 
 class Finisher:
@@ -44,7 +46,8 @@ class Finisher:
     def __call__(self, picture: Picture) -> Finished:
         image, found = self.check(picture.image)
         marked, method = self.mark(image)
-        return Finished(marked, picture.request, method, found, picture.cut)
+        depth = picture.depth if image is picture.image else None
+        return Finished(marked, picture.request, method, found, picture.cut, depth)
 
     def check(self, image: Image.Image) -> tuple[Image.Image, str]:
         """The picture after the safety action, and what the checker says of it."""

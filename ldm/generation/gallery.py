@@ -12,13 +12,14 @@ from PIL import Image
 from ldm.errors import LdmError, OutputError
 from ldm.generation.axes import read_axes
 from ldm.generation.events import Tell
-from ldm.generation.finish import Finisher
+from ldm.generation.finish import Finished, Finisher
 from ldm.generation.ledger import Entry, Ledger, Past, file_hash, settings_hash
 from ldm.generation.options import RunOptions
 from ldm.generation.pipeline import Picture
 from ldm.generation.plan import Job
 from ldm.generation.record import OF_A_PICTURE, Recorder
 from ldm.generation.request import Request
+from ldm.image.depth import depth_path
 from ldm.image.grid import GridWriter
 from ldm.image.io import Outdir, read_image, write_png
 from ldm.image.table import TableWriter
@@ -118,10 +119,10 @@ class Gallery:
 
     def _is_done(self, job: Job) -> bool:
         entry = self.past.entries.get(job.index)
-        return bool(
-            entry and entry.file and entry.settings == settings_hash(job.request, self.recorder)
-            and entry.sha256 == file_hash(self._path(entry.file))
-        )
+        if not (entry and entry.file and entry.settings == settings_hash(job.request, self.recorder)):
+            return False
+        files = {entry.file: entry.sha256} | ({entry.depth: entry.depth_sha256} if entry.depth else {})
+        return all(file_hash(self._path(name)) == sha256 for name, sha256 in files.items())
 
     def _path(self, name: str) -> Path:
         return self.outdir.samples.folder / Path(name).name
@@ -148,21 +149,27 @@ class Gallery:
         if not self.options.skip_save:
             info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(job), drawn.before)
             try:
-                path = self._save(job, made.image, info)
+                path = self._save(job, made, info)
             except OutputError as error:
                 with suppress(OutputError):  # on a full disk there may be no room for the line, either
                     self._record(Entry(**entry, error=str(error)))
                 raise
-            self.tell("saved", path=path, kind="picture", **asked(job.request))
-            self._record(Entry(**entry, file=path.name, sha256=file_hash(path), watermark=made.watermark,
-                               safety=made.safety, cut=made.cut))
+            tell_saved(self.tell, path, made)
+            depth = depth_path(path) if made.depth else None
+            self._record(Entry(**entry, file=path.name, sha256=file_hash(path), depth=depth and depth.name,
+                               depth_sha256=depth and file_hash(depth), watermark=made.watermark, safety=made.safety,
+                               cut=made.cut))
         self._hang(job.index, made.image)
 
-    def _save(self, job: Job, image: Image.Image, info) -> Path:
+    def _save(self, job: Job, made: Finished, info) -> Path:
         before = self.past.entries.get(job.index)
         if before and before.file:
-            return write_png(self._path(before.file), image, info, overwrite=True)
-        return self.outdir.samples.save_as(self.past.first + job.index, self.past.first + self.pictures, image, info)
+            path = self._path(before.file)
+            if made.depth:
+                write_png(depth_path(path), made.depth, info, overwrite=True)
+            return write_png(path, made.image, info, overwrite=True)
+        number, spare = self.past.first + job.index, self.past.first + self.pictures
+        return self.outdir.samples.save_as(number, spare, made.image, info, made.depth)
 
     def _record(self, entry: Entry) -> None:
         self.ledger.append(run=self.past.run, **asdict(entry))
@@ -204,6 +211,13 @@ class Gallery:
         if isinstance(error, LdmError) and "past" in vars(self):
             with suppress(OutputError):
                 self.ledger.append(run=self.past.run, ended=False)
+
+
+def tell_saved(tell: Tell, path: Path, made: Finished) -> None:
+    """Tell of a picture's file, and of that of its depth where there is one."""
+    tell("saved", path=path, kind="picture", **asked(made.request))
+    if made.depth:
+        tell("saved", path=depth_path(path), kind="depth", **asked(made.request))
 
 
 def asked(request: Request) -> dict[str, object]:

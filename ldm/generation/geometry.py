@@ -10,12 +10,16 @@ from ldm.generation.request import Request, check_side
 
 @dataclass(frozen=True)
 class Geometry:
-    """Channels and factor of the latents; the native side in pixels; the step that a side must be a multiple of."""
+    """Channels and factor of the latents; the native side in pixels; the step that a side must be a multiple of.
+
+    image_channels: of what is decoded: 3 colours, and where the model draws depth too, 1 or 3 more for that.
+    """
 
     channels: int
     factor: int
     side: int
     step: int
+    image_channels: int = 3
 
     def size(self, request: Request) -> tuple[int, int]:
         """Width and height in pixels. Raises RequestError for a side that cannot be halved evenly."""
@@ -44,7 +48,8 @@ def geometry(model_section: Mapping, source: str | Path = "the config") -> Geome
         levels = len(params["unet_config"]["params"].get("channel_mult", (1, 2, 4, 8)))
         sides = params.get("image_size", 32)
         side = sides if isinstance(sides, int) else max(sides)
-        return Geometry(params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1))
+        decoded = first_stage.get("ddconfig", {}).get("out_ch", 3)
+        return Geometry(params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1), decoded)
     except (KeyError, TypeError, AttributeError) as error:
         what = str(error).partition("\n")[0]
         raise ConfigError(f"{source} does not describe a latent diffusion model ({what})") from error

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.errors import RequestError
 from ldm.generation.geometry import Geometry
 from ldm.generation.request import Request
 from ldm.image.io import fit, read_image, read_mask, to_array
@@ -48,6 +49,8 @@ def read_inputs(request: Request, geometry: Geometry) -> Inputs:
     """Read what a request starts from, at the size that is drawn. Raises ImageError, RequestError."""
     if request.init_img is None:
         return Inputs(*geometry.size(request))
+    if geometry.image_channels != 3:
+        raise RequestError("this model draws a picture and its depth, from a prompt alone: use scripts/txt2img.py")
     files = tuple(path and fingerprint(path) for path in (request.init_img, request.mask))
     return _read_inputs(request.init_img, request.mask, request.width, request.height, geometry, files)
 

@@ -27,7 +27,7 @@ class Entry:
     """One picture that was made, or could not be (`error`).
 
     row: where it was read. settings: their hash. batch: the pictures that it was drawn with. before, after: the
-    `Noise.history` around that batch. file: its name in samples/.
+    `Noise.history` around that batch. file: its name in samples/. depth: that of its depth map, where there is one.
     """
 
     index: int
@@ -40,6 +40,8 @@ class Entry:
     seconds: float = 0.0
     file: str | None = None
     sha256: str | None = None
+    depth: str | None = None
+    depth_sha256: str | None = None
     watermark: str | None = None
     safety: str = ""
     cut: str = ""
@@ -140,7 +142,7 @@ def take(line: dict[str, Any], runs: dict[str, Past]) -> None:
     elif "grid" in line:
         runs[run].grids[int(line["grid"])] = Path(line["file"]).name
     else:
-        entry = Entry(**{one.name: line[one.name] for one in fields(Entry)})
+        entry = Entry(**{one.name: line[one.name] for one in fields(Entry) if one.name in line})
         runs[run].entries[int(entry.index)] = entry
 
 

@@ -16,6 +16,7 @@ from ldm.generation.inputs import Inputs, read_inputs
 from ldm.generation.noise import Noise
 from ldm.generation.request import Request
 from ldm.generation.words import Known
+from ldm.image.depth import to_depth
 from ldm.image.io import to_image
 from ldm.memory import as_out_of_memory, autocast
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -25,11 +26,15 @@ OnStep = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, the request that it answers, and the words of its prompt that the text encoder could not take."""
+    """One picture, the request that it answers, and the words of its prompt that the text encoder could not take.
+
+    depth: its depth map of 16 bits, from models that draw one.
+    """
 
     image: Image.Image
     request: Request
     cut: str = ""
+    depth: Image.Image | None = None
 
 
 class Pipeline:
@@ -73,10 +78,12 @@ class Pipeline:
 
     def _picture(self, latent: Tensor, request: Request, cut: str, inputs: Inputs) -> Picture | NumericalError:
         try:
-            drawn = to_image(stages.decode(self.model, latent).numpy())
+            pixels = stages.decode(self.model, latent).numpy()
+            drawn = to_image(pixels[..., :3])
+            depth = to_depth(pixels[..., 3:]) if pixels.shape[-1] > 3 else None
         except NumericalError as error:
             return error
-        return Picture(inputs.keep_unmasked(drawn), request, cut)
+        return Picture(inputs.keep_unmasked(drawn), request, cut, depth)
 
     def path(self, request: Request) -> sampling.Tail:
         """The level that a request starts from, and those that it walks down: one fewer moves than levels."""

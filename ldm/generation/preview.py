@@ -36,6 +36,8 @@ def fit_colours(model: LatentDiffusion, geometry: Geometry) -> Tensor:
     cells = torch.rand(count, 3, SIDE // CELL, SIDE // CELL, generator=torch.Generator().manual_seed(0)) * 2 - 1
     colours = functional.interpolate(cells, scale_factor=CELL)
     images = functional.interpolate(colours, scale_factor=geometry.factor)
+    # Where depth is encoded too, it is that of the colours.
+    images = images.repeat(1, 2, 1, 1)[:, :geometry.image_channels]
     latents = stages.first_latent(model, images.to(model.device)).float().cpu()
     if not torch.isfinite(latents).all():
         raise NumericalError("the encoded colours are not finite: the checkpoint's autoencoder may be damaged")

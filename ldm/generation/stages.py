@@ -202,7 +202,10 @@ def blend(clean: Tensor, x: Tensor, mask: Tensor, level: sampling.Level, noise: 
 
 
 def decode(model: LatentDiffusion, latent: Tensor) -> Tensor:
-    """Decode one latent (1, c, h, w) to pixels (h*f, w*f, 3) on the CPU. Raises NumericalError where it cannot be."""
+    """Decode one latent (1, c, h, w) to pixels (h*f, w*f, 3), or more channels where there is depth too, on the CPU.
+
+    Raises NumericalError where it cannot be.
+    """
     if not torch.isfinite(latent).all():
         raise NumericalError("the latents are not finite (NaN or infinity): try --precision full or a lower --scale; "
                              "if that does not help, the checkpoint is damaged")

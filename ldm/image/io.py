@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ldm.errors import ImageError, NumericalError, OutputError, RequestError
+from ldm.image.depth import depth_path
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Numbered:
     """The numbered pictures of one folder, e.g. 00000.png, 00001.png: each new one goes on from the highest present.
 
     Any number of threads and processes may write to the same folder: a name that is taken is passed over. The folder
-    must exist (`check_outdir`). `pattern` has one %0Nd.
+    must exist (`check_outdir`). `pattern` has one %0Nd. A `depth` map goes beside its picture (`depth_path`).
     """
 
     def __init__(self, folder: str | Path, pattern: str = "%05d.png"):
@@ -162,7 +163,9 @@ class Numbered:
         self.pattern = pattern
         self._next: int | None = None
 
-    def save(self, image: Image.Image, info: PngImagePlugin.PngInfo | None = None) -> Path:
+    def save(
+        self, image: Image.Image, info: PngImagePlugin.PngInfo | None = None, depth: Image.Image | None = None
+    ) -> Path:
         """Write a picture under the next free number. Raises OutputError where the folder cannot be written to."""
         with _finished(self.folder, image, info) as temporary:
             if self._next is None:
@@ -172,25 +175,36 @@ class Numbered:
             while True:
                 path = self.folder / (self.pattern % number)
                 number += 1
+                if depth is not None and depth_path(path).exists():
+                    continue
                 with suppress(FileExistsError):
                     _publish(temporary, path)
                     self._next = number
-                    return path
+                    break
+        if depth is not None:
+            write_png(depth_path(path), depth, info)
+        return path
 
-    def save_as(self, number: int, spare: int, image: Image.Image, info: PngImagePlugin.PngInfo | None = None) -> Path:
+    def save_as(
+        self,
+        number: int,
+        spare: int,
+        image: Image.Image,
+        info: PngImagePlugin.PngInfo | None = None,
+        depth: Image.Image | None = None,
+    ) -> Path:
         """Write a picture under this number, or, where another one has it, under the first free from `spare` on.
 
         A file that is there already, byte for byte, is taken for written. Raises OutputError.
         """
-        with _finished(self.folder, image, info) as temporary:
+        beside = nullcontext() if depth is None else _finished(self.folder, depth, info)
+        with _finished(self.folder, image, info) as temporary, beside as second:
             while True:
                 path = self.folder / (self.pattern % number)
-                try:
-                    _publish(temporary, path)
+                if not (second and _is_another(second, depth_path(path))) and _claim(temporary, path):
+                    if second and not _claim(second, depth_path(path)):
+                        raise OutputError(f"{depth_path(path)} was written by another program in this very moment")
                     return path
-                except FileExistsError:
-                    if filecmp.cmp(temporary, path, shallow=False):
-                        return path
                 number = max(number + 1, spare, self.highest() + 1)
 
     def highest(self) -> int:
@@ -297,6 +311,19 @@ def _publish(temporary: Path, path: Path) -> None:
             temporary.rename(path)
         finally:
             claim.unlink(missing_ok=True)
+
+
+def _claim(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name, or find the same there already; False where another file has the name."""
+    try:
+        _publish(temporary, path)
+        return True
+    except FileExistsError:
+        return not _is_another(temporary, path)
+
+
+def _is_another(temporary: Path, path: Path) -> bool:
+    return path.exists() and not filecmp.cmp(temporary, path, shallow=False)
 
 
 def _unfinished(folder: Path) -> Path:
