@@ -27,7 +27,8 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
 }
 EXTRAS["test"] = [
-    "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "diffusers>=0.35", "scipy>=1.13", "peft>=0.17", *EXTRAS["train"]
+    "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "diffusers>=0.35", "scipy>=1.13", "peft>=0.17",
+    "matplotlib>=3.8", *EXTRAS["train"],
 ]
 
 

@@ -72,3 +72,17 @@ def write_model(folder: Path, kind: str = "text", suffix: str = ".ckpt") -> Path
     else:
         torch.save({"state_dict": state, "global_step": 0}, path)
     return path
+
+
+def write_clip(folder: Path) -> Path:
+    """Write a tiny CLIP with both towers, 32x32 pixels, as transformers does, and give its folder."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = {**shape, "vocab_size": 800, "bos_token_id": 798, "eos_token_id": 799, "pad_token_id": 799}
+    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((GOLDENS / "tiny-clip" / name).read_bytes())
+    return folder

@@ -42,9 +42,14 @@ def read_json(path: Path) -> dict:
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
+def weights_of(folder: Path) -> Path | None:
+    """The weights file of a folder: model.safetensors, else pytorch_model.bin; None where there is neither."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict of a folder as views of a mapped file: model.safetensors, else pytorch_model.bin."""
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    """The state dict of a folder as views of a mapped file."""
+    path = weights_of(folder)
     if path is None:
         raise CheckpointError(f"{folder} has none of {', '.join(WEIGHTS)}")
     return read_checkpoint(path)
