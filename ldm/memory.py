@@ -139,13 +139,13 @@ def wait(model: nn.Module, device: torch.device, saving: Saving) -> set[int]:
     """Let the large weights of what a model rests visit the device only while their layers run; gives their ids."""
     resting: list[nn.Module] = []
     if saving.stages:
-        for stage in (getattr(model, "cond_stage_model", None), getattr(model, "first_stage_model", None)):
+        names = ("cond_stage_model", "first_stage_model", *getattr(model, "extra_stages", ()))
+        for stage in {getattr(model, name, None) for name in names} - {None}:
             halves = [getattr(stage, name) for name in ("encoder", "decoder") if hasattr(stage, name)]
             if isinstance(stage, AbstractEncoder):
                 stage.device = device
-                resting.append(stage)
-            elif len(halves) == 2:  # an autoencoder, whose codebook is read without being called
-                resting += halves
+            # Of an autoencoder only the halves: its codebook is read without being called.
+            resting += halves if len(halves) == 2 else [stage]
     if saving.network:
         unet = model.model.diffusion_model
         resting += [getattr(unet, n) for n in ("input_blocks", "middle_block", "output_blocks") if hasattr(unet, n)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import fill
 import torch
+from depth import SIZES
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from support import GOLDENS
@@ -30,6 +31,11 @@ CLASSES = {
     "params": {"embed_dim": 64, "n_classes": 11, "key": "class_label"},
 }
 
+DEPTH_STAGE = {
+    "target": "ldm.modules.midas.api.MiDaSInference",
+    "params": {"model_type": "dpt_hybrid", **SIZES},
+}
+
 # What each kind of model changes in the params of a golden config; `target` is that of the model itself.
 KINDS = {
     "text": ("tiny", {"cond_stage_config": TEXT_ENCODER}),
@@ -38,6 +44,10 @@ KINDS = {
     "edit": ("tiny", {
         "target": "ldm.models.diffusion.ddpm_edit.LatentDiffusion", "cond_stage_config": TEXT_ENCODER,
         "cond_stage_key": "edit", "conditioning_key": "hybrid", "unet_config.params.in_channels": 8,
+    }),
+    "depth": ("tiny-inpaint", {
+        "target": "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion", "cond_stage_config": TEXT_ENCODER,
+        "depth_stage_config": DEPTH_STAGE, "unet_config.params.in_channels": 5,
     }),
     "pairs": ("tiny-concat", {"cond_stage_config": "__is_first_stage__", "first_stage_config": VQ_STAGE}),
     "unconditional": ("tiny-concat", {

@@ -160,7 +160,7 @@ def under(names: Names, ours: str, theirs: str) -> Names:
 # ------------------------------------------------------------------------------------------------- shapes that differ
 
 POINTWISE = re.compile(r"first_stage_model\.\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")  # 1x1 convolutions with us
-FUSED = re.compile(r".*\.attn\.in_proj_(weight|bias)")
+FUSED = re.compile(r".*\.attn\.(?:in_proj_|qkv\.)(?:weight|bias)")
 PIECE = re.compile(FUSED.pattern + "/[0-2]")
 TURNED = re.compile(r".*\.model\.text_projection")
 

@@ -124,8 +124,11 @@ def in_the_yaml(args: Namespace) -> tuple[dict[str, int], str]:
     return latents | drawn, str(path)
 
 
-def draw(args: Namespace, rows: Sequence[Row] | Arrivals) -> int:
-    """Draw the rows with the model that the options name, print the path of each file, and give the exit code."""
+def draw(args: Namespace, rows: Sequence[Row] | Arrivals, made_for: Sequence[str] = ()) -> int:
+    """Draw the rows with the model that the options name, print the path of each file, and give the exit code.
+
+    made_for: the classes of the models that the script is made for, by name; () where it takes them all.
+    """
     set_up(args)
     known, model, run = [] if isinstance(rows, Arrivals) else rows, pick(ModelOptions, args), pick(RunOptions, args)
     lines = len({row.place for row in known if row.place})
@@ -138,7 +141,7 @@ def draw(args: Namespace, rows: Sequence[Row] | Arrivals) -> int:
     from ldm.generation.loading import choose, open_run
 
     try:
-        chosen = choose(model)
+        chosen = choose(model, made_for)
         chosen.geometry.check(getattr(args, "channels", None), getattr(args, "factor", None))
     except LdmError:
         check_rows(known)  # what is wrong with the rows comes first

@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,32 +14,48 @@ from torch import Tensor
 from ldm.errors import RequestError
 from ldm.generation.geometry import Geometry
 from ldm.generation.request import Request
-from ldm.image.io import fit, read_image, read_mask, to_array
+from ldm.image.io import fit, read_depth, read_image, read_mask, to_array
 
 logger = logging.getLogger(__name__)
 
 
+class Given(NamedTuple):
+    """What a batch starts from, on its device; None where it does not.
+
+    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; depth: (1, 1, *, *), larger is nearer.
+    """
+
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    depth: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The picture to start from and the mask of what is repainted (white), of the size in pixels that is drawn."""
+    """The picture to start from and the mask of what is repainted (white), of the size in pixels that is drawn.
+
+    depth: a map (*, *) of its depth, of any size.
+    """
 
     width: int
     height: int
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    depth: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         return self.width, self.height
 
-    def tensors(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The picture (1, 3, h, w) in [-1, 1] and the mask (1, 1, h, w), 1 where it is repainted; None where absent."""
-        image = mask = None
+    def tensors(self, device: torch.device) -> Given:
+        image = mask = depth = None
         if self.image is not None:
             image = torch.from_numpy(to_array(self.image)).permute(2, 0, 1)[None].to(device)
         if self.mask is not None:
             mask = torch.from_numpy(np.array(self.mask, dtype=np.float32) / 255)[None, None].to(device)
-        return image, mask
+        if self.depth is not None:
+            depth = torch.from_numpy(self.depth)[None, None].to(device)
+        return Given(image, mask, depth)
 
     def keep_unmasked(self, drawn: Image.Image) -> Image.Image:
         """Put back every pixel that was not to be repainted, unchanged."""
@@ -51,8 +68,9 @@ def read_inputs(request: Request, geometry: Geometry) -> Inputs:
         return Inputs(*geometry.size(request))
     if geometry.image_channels != 3:
         raise RequestError("this model draws a picture and its depth, from a prompt alone: use scripts/txt2img.py")
-    files = tuple(path and fingerprint(path) for path in (request.init_img, request.mask))
-    return _read_inputs(request.init_img, request.mask, request.width, request.height, geometry, files)
+    paths = request.init_img, request.mask, request.depth_img
+    files = tuple(path and fingerprint(path) for path in paths)
+    return _read_inputs(*paths, request.width, request.height, geometry, files)
 
 
 def fingerprint(path: str) -> tuple | None:
@@ -66,7 +84,13 @@ def fingerprint(path: str) -> tuple | None:
 
 @lru_cache(maxsize=4)
 def _read_inputs(
-    init_img: str, mask: str | None, width: int | None, height: int | None, geometry: Geometry, files: tuple
+    init_img: str,
+    mask: str | None,
+    depth_img: str | None,
+    width: int | None,
+    height: int | None,
+    geometry: Geometry,
+    files: tuple,
 ) -> Inputs:
     """Each file is read, and what is done to it told, once for as long as `files` tell that it is the same."""
     image = read_image(init_img)
@@ -77,9 +101,12 @@ def _read_inputs(
     image = fit(image, geometry.step).image
     if image.size != own:
         logger.warning("%s is resized from %dx%d to %dx%d", init_img, *own, *image.size)
+    depth = read_depth(depth_img) if depth_img else None
+    if depth is not None and abs(depth.shape[1] / depth.shape[0] * own[1] / own[0] - 1) > 0.02:
+        logger.warning("the depth map %s is not of the shape of %s: it is stretched to it", depth_img, init_img)
     if mask is None:
-        return Inputs(*image.size, image)
+        return Inputs(*image.size, image, depth=depth)
     fitted = read_mask(mask, own)
     if fitted.changed:
         logger.warning("the mask %s is not of the size of %s: it is resized to it", mask, init_img)
-    return Inputs(*image.size, image, read_mask(mask, image.size).image)
+    return Inputs(*image.size, image, read_mask(mask, image.size).image, depth)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ldm.checkpoint import open_checkpoint
+from ldm.checkpoint import UNKNOWN, open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.checkpoint.names import EMA
 from ldm.config import load_config, model_section
+from ldm.download import MODELS
 from ldm.errors import CheckpointError, RequestError
 from ldm.generation.adapters import read_adapters
 from ldm.generation.batch import Run
@@ -45,26 +46,42 @@ class Chosen:
     grammar: Callable[[str], Any] | None = None
 
 
-def choose(options: ModelOptions) -> Chosen:
+def choose(options: ModelOptions, made_for: Sequence[str] = ()) -> Chosen:
     """Find the config and the checkpoint. Without a config, a checkpoint that tells its family names the shipped one.
 
     Without a checkpoint, the model that ships with the project is taken, and it is said that it is.
-    Raises ConfigError, CheckpointError.
+    made_for: the classes of the models that a script is made for; () where it takes them all.
+    Raises ConfigError, CheckpointError, RequestError for a model of another class.
     """
     checkpoint = find_checkpoint(options)
-    if not checkpoint.exists() and options.ckpt == ModelOptions.ckpt:
-        raise CheckpointError(
-            f"there is no checkpoint at {options.ckpt}: put a Stable Diffusion v1 file there, have one fetched with "
-            "python scripts/fetch_model.py v1.4, or name yours with --ckpt FILE"
-        )
+    if not checkpoint.exists():
+        for alias, model in MODELS.items():
+            if options.ckpt == f"{model.folder}/{model.link}":
+                raise CheckpointError(
+                    f"there is no checkpoint at {options.ckpt}: put {model.what} there, have it fetched with "
+                    f"python scripts/fetch_model.py {alias}, or name yours with --ckpt FILE"
+                )
     if checkpoint != find(options.ckpt):
         logger.info("no checkpoint at %s: this is %s, which draws coloured shapes alone; python scripts/fetch_model.py "
                     "v1.4 gets Stable Diffusion", options.ckpt, checkpoint)
     config = find(options.config or shipped_config(checkpoint))
     content = load_config(config)
     section, grammar = model_section(content, config), content.get("prompt_grammar")
+    check_kind(section.target, made_for, checkpoint)
     return Chosen(config, checkpoint, section, geometry(section, config),
                   grammar and get_obj_from_str(grammar["target"]))
+
+
+def check_kind(target: str, made_for: Sequence[str], checkpoint: Path) -> None:
+    """Raise RequestError, with what does it instead, where a model is none of those that a script is made for."""
+    kinds = [kind.__name__ for kind in get_obj_from_str(target).__mro__]
+    if not made_for or set(made_for) & set(kinds):
+        return
+    family = open_checkpoint(checkpoint).family
+    name = kinds[0] if family is UNKNOWN else family.name
+    script = family.script or "another script, such as scripts/txt2img.py"
+    raise RequestError(f"{checkpoint} ({name}) is no model for this script, which runs a {' or '.join(made_for)}: "
+                       f"use {script}, or name another checkpoint with --ckpt")
 
 
 def shipped_config(checkpoint: Path) -> str:

@@ -12,7 +12,7 @@ from ldm import sampling
 from ldm.errors import NumericalError
 from ldm.generation import stages
 from ldm.generation.geometry import Geometry
-from ldm.generation.inputs import Inputs, read_inputs
+from ldm.generation.inputs import Given, Inputs, read_inputs
 from ldm.generation.noise import Noise
 from ldm.generation.request import Request
 from ldm.generation.words import Known
@@ -65,13 +65,13 @@ class Pipeline:
         """
         device = self.model.device
         inputs = read_inputs(batch[0], self.geometry)
-        image, mask = inputs.tensors(device)
+        given, shape = inputs.tensors(device), self.geometry.latent(*inputs.size)
         too_much = (f"not enough memory on {device} for a batch of {len(batch)} at {inputs.width}x{inputs.height}: "
                     "make either smaller, or try --memory lowest or --precision bf16")
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
-            told = stages.condition(self.model, batch, image, mask, steps, self.known)
-            latents = self._sample(batch, told, image, mask, inputs.size, draw, on_step)
+            told = stages.condition(self.model, batch, given, shape[1:], steps, self.known)
+            latents = self._sample(batch, told, given, shape, draw, on_step)
             cuts = told.cut or [""] * len(batch)
             # One by one, for the memory of a single picture.
             return [self._picture(*one, inputs) for one in zip(latents.split(1), batch, cuts, strict=True)]
@@ -97,9 +97,8 @@ class Pipeline:
         self,
         batch: Sequence[Request],
         told: stages.Condition,
-        image: Tensor | None,
-        mask: Tensor | None,
-        size: tuple[int, int],
+        given: Given,
+        shape: tuple[int, int, int],
         draw: Noise,
         on_step: OnStep,
     ) -> Tensor:
@@ -108,11 +107,11 @@ class Pipeline:
         start, levels = self.path(request)
         guidance = sampling.Guidance(request.scale, request.image_scale)
         denoise = sampling.Denoiser(sampling.ask(model.apply_model, told.roles), model.parameterization, guidance)
-        blending = mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
-        clean = stages.first_latent(model, image) if start.alpha or blending else 0.0
-        keep = functional.interpolate(mask, size=clean.shape[-2:]) if blending else None
+        blending = given.mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
+        clean = stages.first_latent(model, given.image) if start.alpha or blending else 0.0
+        keep = functional.interpolate(given.mask, size=shape[1:]) if blending else None
 
-        like = torch.empty(len(batch), *self.geometry.latent(*size), device=model.device)
+        like = torch.empty(len(batch), *shape, device=model.device)
         x = start.alpha * clean + start.sigma * draw.start(like)
         if blending and len(levels) > 1:
             x = stages.blend(clean, x, keep, levels[0], draw(x))

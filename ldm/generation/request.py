@@ -24,6 +24,7 @@ class Request:
 
     width, height: pixels, or None for the model's native size. strength: how much of `init_img` is noised away, 0 to 1.
     image_scale: of a picture that is edited as the prompt says, how closely it is followed; None where none is.
+    depth_img: the depth of `init_img`, brighter where it is nearer, in place of what the model sees itself.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
@@ -49,6 +50,7 @@ class Request:
     prompt_weights: bool = False
     init_img: str | None = None
     mask: str | None = None
+    depth_img: str | None = None
     strength: float = 1.0
     class_label: int | None = None
 
@@ -77,6 +79,8 @@ class Request:
                 raise RequestError(f"{name} must be positive, got {value}; the model's native size needs no option")
         if self.mask and not self.init_img:
             raise RequestError("a mask needs the picture that it belongs to: give --init-img too")
+        if self.depth_img and not self.init_img:
+            raise RequestError("a depth map needs the picture that it belongs to: give --init-img too")
 
     @property
     def steers(self) -> bool:

@@ -7,19 +7,27 @@ from functools import cache
 from itertools import chain, islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
+from ldm.generation.inputs import Given
 from ldm.generation.request import Request
 from ldm.generation.words import Known, Words, script
-from ldm.models.diffusion.ddpm import LatentDiffusion, LatentEditDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import (
+    LatentDepth2ImageDiffusion,
+    LatentDiffusion,
+    LatentEditDiffusion,
+    LatentInpaintDiffusion,
+)
+from ldm.modules.midas.api import fit_depth
 
 logger = logging.getLogger(__name__)
 
 REPAINTS = "this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask"
 EDITS = "this model edits a whole picture as the prompt says: use scripts/edit.py with --init-img"
+KEEPS_DEPTH = "this model keeps the depth of a picture: use scripts/depth2img.py with --init-img"
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a kind of model is told beside a prompt, joined to the latent by channel.
+    """What a kind of model is told beside a prompt.
 
-    concat: (model, image (1, 3, h, w), mask (1, 1, h, w) or None) -> (1, *, h/f, w/f); fits: whether a request has what
-    that needs; advice: what to say where it has not.
+    tell: (model, what is given, the size (h, w) of the latents) -> what DiffusionWrapper takes beside c_crossattn;
+    fits: whether a request has what that needs; advice: what to say where it has not.
     """
 
-    concat: Callable[[LatentDiffusion, Tensor, Tensor | None], Tensor]
+    tell: Callable[[LatentDiffusion, Given, tuple[int, int]], dict]
     fits: Callable[[Request], bool]
     advice: str
 
@@ -73,6 +81,9 @@ def check(model: LatentDiffusion, request: Request) -> None:
     if request.image_scale is not None and not isinstance(model, LatentEditDiffusion):
         raise RequestError("this model does not edit pictures as a prompt says: use scripts/img2img.py, or name an "
                            "InstructPix2Pix checkpoint with --ckpt")
+    if request.depth_img and not isinstance(model, LatentDepth2ImageDiffusion):
+        raise RequestError("this model does not look at depth: leave --depth-img out, or name a depth-to-image "
+                           "checkpoint with --ckpt")
     if classes and request.class_label is None:
         raise RequestError(f"this model draws classes 0 to {classes - 1}: use scripts/sample_diffusion.py --classes N")
     if classes and not 0 <= request.class_label < classes:
@@ -90,22 +101,22 @@ def check(model: LatentDiffusion, request: Request) -> None:
 def condition(
     model: LatentDiffusion,
     batch: Sequence[Request],
-    image: Tensor | None,
-    mask: Tensor | None,
+    given: Given,
+    size: tuple[int, int],
     steps: int,
     known: Known | None = None,
 ) -> Condition:
     """Encode the prompts, classes or pictures that this model takes.
 
-    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; steps: how many are walked;
-    known: the texts that have been encoded, to which these are added.
+    size: that of the latents, (h, w); steps: how many are walked; known: the texts that have been encoded, to which
+    these are added.
     Raises RequestError as `check` does.
     """
     for request in batch:
         check(model, request)
     key = model.model.conditioning_key
     if key == "concat":
-        return Condition(concat_condition(model, image, mask, len(batch)), None)
+        return Condition(concat_condition(model, given, len(batch)), None)
     if model.cond_stage_model is None:
         return Condition(None, None)
     if hasattr(model.cond_stage_model, "n_classes"):
@@ -113,14 +124,18 @@ def condition(
     words = text_condition(model, batch, steps, known)
     if key != "hybrid":
         return words
-    concat = beside_prompt(model).concat(model, image, mask).expand(len(batch), -1, -1, -1)
+    beside = beside_prompt(model).tell(model, given, size)
+    beside["c_concat"] = [one.expand(len(batch), -1, -1, -1) for one in beside["c_concat"]]
     edits = batch[0].image_scale is not None
-    nothing = torch.zeros_like(concat) if edits else concat
+    nothing = {**beside, "c_concat": [torch.zeros_like(one) for one in beside["c_concat"]]} if edits else beside
+
+    def join(beside: dict, cross: Tensor | None) -> dict | None:
+        return None if cross is None else {**beside, "c_crossattn": [cross]}
 
     def with_picture(told: Condition) -> Condition:
         later = {step: with_picture(other) for step, other in told.later.items()}
-        seen = hybrid(concat, told.negative) if edits else None
-        return Condition(hybrid(concat, told.positive), hybrid(nothing, told.negative), told.cut, later, seen)
+        seen = join(beside, told.negative) if edits else None
+        return Condition(join(beside, told.positive), join(nothing, told.negative), told.cut, later, seen)
 
     return with_picture(words)
 
@@ -154,27 +169,29 @@ def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Conditi
     return Condition(embed(labels), nothing)
 
 
-def hybrid(concat: Tensor, cross: Tensor | None) -> dict | None:
-    """A picture and a prompt for the network together."""
-    return None if cross is None else {"c_concat": [concat], "c_crossattn": [cross]}
-
-
-def masked_latents(model: LatentInpaintDiffusion, image: Tensor, mask: Tensor) -> Tensor:
+def masked_latents(model: LatentInpaintDiffusion, given: Given, size: tuple[int, int]) -> dict:
     """The mask and the latent of the picture without its masked part, side by side: (1, 1 + c, h/f, w/f).
 
     The part to repaint is set to 0, mid grey, as the Stable Diffusion inpainting models were trained.
     """
-    latent = first_latent(model, image * (mask < 0.5))
-    small = functional.interpolate(mask, size=latent.shape[-2:])
-    parts = {"mask": small, model.masked_image_key: latent}
-    return torch.cat([parts[key] for key in model.concat_keys], dim=1)
+    latent = first_latent(model, given.image * (given.mask < 0.5))
+    parts = {"mask": functional.interpolate(given.mask, size=size), model.masked_image_key: latent}
+    return {"c_concat": [torch.cat([parts[key] for key in model.concat_keys], dim=1)]}
 
 
-def concat_condition(model: LatentDiffusion, image: Tensor, mask: Tensor, count: int) -> Tensor:
+def depth_of(model: LatentDepth2ImageDiffusion, given: Given, size: tuple[int, int]) -> dict:
+    """The depth map that is given, or what the model sees in the picture: (1, 1, h/f, w/f) from -1, far, to 1, near."""
+    depth, stage = given.depth, model.depth_model
+    if depth is None:
+        depth = run_stage(stage, lambda: stage(stage.prepare(given.image)), "the depth model")
+    return {"c_concat": [fit_depth(depth, size)]}
+
+
+def concat_condition(model: LatentDiffusion, given: Given, count: int) -> Tensor:
     """As above for the latent-diffusion inpainting model: the latent first, the mask in {-1, 1}, and a black hole."""
-    hole = (1 - mask) * (image + 1) - 1
+    hole = (1 - given.mask) * (given.image + 1) - 1
     latent = model.cond_stage_model.encode(hole)
-    small = functional.interpolate(mask * 2 - 1, size=latent.shape[-2:])
+    small = functional.interpolate(given.mask * 2 - 1, size=latent.shape[-2:])
     return torch.cat([latent, small], dim=1).expand(count, -1, -1, -1)
 
 
@@ -188,7 +205,7 @@ def encode(model: LatentDiffusion, image: Tensor) -> Tensor:
         posterior = model.encode_first_stage(image)
         return posterior if isinstance(posterior, Tensor) else posterior.mode()
 
-    return run_first_stage(model, run)
+    return run_stage(model.first_stage_model, run)
 
 
 def first_latent(model: LatentDiffusion, image: Tensor) -> Tensor:
@@ -209,22 +226,21 @@ def decode(model: LatentDiffusion, latent: Tensor) -> Tensor:
     if not torch.isfinite(latent).all():
         raise NumericalError("the latents are not finite (NaN or infinity): try --precision full or a lower --scale; "
                              "if that does not help, the checkpoint is damaged")
-    image = run_first_stage(model, lambda: model.decode_first_stage(latent))
+    image = run_stage(model.first_stage_model, lambda: model.decode_first_stage(latent))
     if not torch.isfinite(image).all():
         raise NumericalError("the decoded picture is not finite: the checkpoint's autoencoder may be damaged")
     return image[0].permute(1, 2, 0).cpu()
 
 
-def run_first_stage(model: LatentDiffusion, run: Callable[[], Tensor]) -> Tensor:
-    """What `run` makes with the autoencoder, in float32; where half precision overflows, made again in float32."""
+def run_stage(stage: nn.Module, run: Callable[[], Tensor], name: str = "the autoencoder") -> Tensor:
+    """What `run` makes with a stage of a model, in float32; where half precision overflows, made again in float32."""
     out = run().float()
     if torch.isfinite(out).all():
         return out
-    stage, device = model.first_stage_model, out.device.type
-    dtype = next(stage.parameters()).dtype
+    device, dtype = out.device.type, next(stage.parameters()).dtype
     if dtype == torch.float32 and not torch.is_autocast_enabled(device):
         return out
-    logger.warning("the autoencoder overflowed in half precision: running it again in float32")
+    logger.warning("%s overflowed in half precision: running it again in float32", name)
     stage.float()
     try:
         with torch.autocast(device, enabled=False):
@@ -235,8 +251,10 @@ def run_first_stage(model: LatentDiffusion, run: Callable[[], Tensor]) -> Tensor
 
 BESIDE: dict[type[LatentDiffusion], Beside] = {
     LatentInpaintDiffusion: Beside(masked_latents, lambda request: request.mask is not None, REPAINTS),
+    LatentDepth2ImageDiffusion: Beside(
+        depth_of, lambda request: request.init_img is not None and request.mask is None, KEEPS_DEPTH),
     LatentEditDiffusion: Beside(
-        lambda model, image, mask: encode(model, image),
+        lambda model, given, size: {"c_concat": [encode(model, given.image)]},
         lambda request: request.init_img is not None and request.image_scale is not None and request.mask is None,
         EDITS,
     ),

@@ -89,6 +89,20 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Fitted:
     return Fitted(mask.point(lambda value: 255 if value >= 128 else 0), changed)
 
 
+def read_depth(path: str | Path) -> np.ndarray:
+    """Read a depth map, grey of 8 bits or more, as float32 (h, w), larger where it is brighter.
+
+    Raises ImageError as `read_image` does, and where a value is not finite.
+    """
+    with open_image(path) as image:
+        image.load()
+        image = _upright(image)
+        depth = np.array(image if image.mode[0] in "IF" else image.convert("L"), dtype=np.float32)
+    if not np.isfinite(depth).all():
+        raise ImageError(f"the depth map {path} has places that are not finite (NaN or infinity)")
+    return depth
+
+
 def fit(image: Image.Image, multiple: int = 64) -> Fitted:
     """Resize a picture (Lanczos) so that each side is a multiple, rounded down, of at least one multiple."""
     size = tuple(max(multiple, side - side % multiple) for side in image.size)

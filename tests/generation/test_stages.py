@@ -7,6 +7,7 @@ import torch
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation import stages
+from ldm.generation.inputs import Given
 from ldm.generation.request import Request
 
 
@@ -34,6 +35,11 @@ def test_a_request_that_a_model_cannot_draw_is_refused_with_what_would_work(pipe
         stages.check(pipeline(kind).model, Request(**settings))
 
 
+def test_a_model_that_does_not_look_at_depth_takes_no_depth_map(pipeline):
+    with pytest.raises(RequestError, match="leave --depth-img out"):
+        stages.check(pipeline("text").model, Request(init_img="photo.png", depth_img="depth.png"))
+
+
 def test_blending_keeps_the_picture_at_its_level_of_noise_outside_the_mask():
     clean, x, noise = torch.randn(3, 1, 4, 2, 2)
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
@@ -48,19 +54,19 @@ def test_masked_latents_are_the_mask_and_the_picture_with_a_grey_hole(pipeline):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
-    concat = stages.masked_latents(model, image, mask)
+    concat = stages.masked_latents(model, Given(image, mask), (8, 8))["c_concat"][0]
     assert concat.shape == (1, 5, 8, 8)
     assert concat[0, 0].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 8
     hole = image.clone()
     hole[..., :16] = 0
-    torch.testing.assert_close(concat[:1, 1:], model.scale_factor * model.encode_first_stage(hole).mode())
+    torch.testing.assert_close(concat[:, 1:], model.scale_factor * model.encode_first_stage(hole).mode())
 
 
 def test_an_edit_is_told_its_picture_without_the_prompt_and_without_either_nothing_of_it(pipeline):
     model = pipeline("edit").model
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     request = Request("make it winter", "summer", init_img="a.png", scale=1.0, image_scale=1.5)
-    told = stages.condition(model, [request] * 2, image, None, 5).roles
+    told = stages.condition(model, [request] * 2, Given(image), (8, 8), 5).roles
     picture, prompt, negative = model.encode_first_stage(image).mode(), *map(
         model.get_learned_conditioning, (["make it winter"], ["summer"]))
     for cond, concat, cross in ((told.cond, picture, prompt), (told.image, picture, negative),
@@ -74,7 +80,7 @@ def test_the_latent_diffusion_inpainting_model_is_told_a_black_hole_and_a_mask_f
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
-    concat = stages.concat_condition(model, image, mask, count=2)
+    concat = stages.concat_condition(model, Given(image, mask), count=2)
     assert concat.shape == (2, 5, 8, 8)
     assert concat[1, 4].tolist() == [[1, 1, 1, 1, -1, -1, -1, -1]] * 8
     hole = image.clone()

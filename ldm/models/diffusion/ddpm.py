@@ -246,6 +246,7 @@ class LatentDiffusion(Stages, AncestralSampling, LatentImageLog, DDPM):
         self.make_cond_schedule(num_timesteps_cond or 1)
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
+        self.extra_stages = tuple(extra_stages or ())
         for name, config in (extra_stages or {}).items():
             setattr(self, name, None if config is None else frozen(instantiate_from_config(config)))
         self.restart(**restart)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ldm.errors import ConfigError
 from ldm.models.diffusion.ddpm import DDPM, RESTART_KEYS, LatentDiffusion
+from ldm.modules.midas.api import fit_depth
 
 # The first convolution, and its EMA copy: what has to grow when input channels are added to a trained model.
 FIRST_CONVOLUTION = (
@@ -162,9 +163,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
         depth = self.depth_model(batch[self.depth_stage_key][:len(z)].to(z.device))
-        depth = F.interpolate(depth, size=z.shape[-2:], mode="bicubic", align_corners=False)
-        low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
-        return {"c_concat": [2.0 * (depth - low) / (high - low + 0.001) - 1.0]}
+        return {"c_concat": [fit_depth(depth, z.shape[-2:], margin=0.001)]}
 
     def condition_images(self, batch: Mapping, c: Mapping, raw, x: Tensor) -> dict[str, Tensor]:
         return super().condition_images(batch, c, raw, x) | {"depth": c["c_concat"][0]}

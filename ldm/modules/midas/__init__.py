@@ -1,0 +1,1 @@
+"""Depth from one picture: the MiDaS network that comes inside the depth-to-image checkpoints."""
