@@ -65,7 +65,7 @@ def test_a_map_of_another_shape_is_stretched_with_a_notice(depth2img, photo):
 @pytest.mark.parametrize(("options", "code", "said"), [
     ([], 2, "--init-img FILE"),
     (["--init-img", "photo.png", "--depth-img", "none.png"], 2, "there is no picture at none.png"),
-    (["--depth-img", "depth.png", "--from-file", "rows.txt"], 2, "line 1: a depth map needs the picture"),
+    (["--depth-img", "depth.png", "--from-file", "rows.txt"], 2, "a depth map needs the picture"),
     (["--init-img", "photo.png", "--depth-img", "nan.tiff"], 2, "not finite"),
 ])  # fmt: skip
 def test_a_mistake_is_told_in_one_line(depth2img, depth, options, code, said):
