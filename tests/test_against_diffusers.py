@@ -345,3 +345,24 @@ def test_an_edit_draws_the_same_picture(both, sketch, name):
         method.scheduler(**BETAS, **method.told), 5.0, "InstructPix2Pix", image=((image + 1) / 2).expand(2, -1, -1, -1),
         image_guidance_scale=1.5, num_inference_steps=10)
     assert_same_pictures(ours, theirs, drawn, latents, TOLERANCE["edit"])
+
+
+# The weight of eq. 6 jumps at the threshold, where rounding would decide: with these it does not.
+@pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")
+@pytest.mark.parametrize("name, strength", [("ddim", "30,3,0,0.3,0.4"), ("heun", "30,2,9,0.5,0.7")])
+def test_keeping_away_from_a_concept_draws_the_same_picture(both, name, strength):
+    ours, theirs = both("text")
+    method, generator = METHODS[name], seeded()
+    drawn = ours.draw(sampler=name, steps=10, scale=7.5, safe=strength)
+    keys = ("guidance_scale", "warmup_steps", "threshold", "momentum_scale", "mom_beta")
+    settings = {f"sld_{key}": float(number) for key, number in zip(keys, strength.split(","))}
+    parts = vars(theirs) | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    run = diffusers.StableDiffusionPipelineSafe(scheduler=method.scheduler(**BETAS, **method.told), **parts)
+    run.set_progress_bar_config(disable=True)
+    latents = []
+    run(PROMPTS, negative_prompt=NEGATIVES, latents=torch.randn(SHAPE, generator=generator), generator=generator,
+        height=64, width=64, num_inference_steps=10, output_type="np", **settings,
+        callback=lambda step, t, x: latents.append(x))
+    plain = ours.draw(sampler=name, steps=10, scale=7.5)
+    assert (drawn[0] - plain[0]).abs().max() > 0.1
+    assert_same_pictures(ours, theirs, drawn, latents[-1], TOLERANCE["text"])

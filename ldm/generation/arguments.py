@@ -17,6 +17,7 @@ from ldm.generation.request import (
     SEED_MODES,
     Request,
 )
+from ldm.generation.safe import STRENGTHS
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +97,12 @@ def add_prompts(parser: Parser, prompt: str) -> None:
     group.add_argument("--prompt_weights", action=argparse.BooleanOptionalAction, default=Request.prompt_weights,
                        help="read brackets in prompts: (more) [less] (words:1.3), and from step to step [from:to:0.4] "
                        "[a|b]; without it they are text like any other")
+    group.add_argument("--safe", metavar="HOW",
+                       help="Safe Latent Diffusion: keep away from what is hateful, violent, sexual ...; "
+                       f"{', '.join(STRENGTHS)}, or guidance scale, warm-up steps, threshold, momentum scale and "
+                       "momentum beta, as in 1000,10,0.01,0.3,0.4")
+    group.add_argument("--safe_concept", default=Request.safe_concept, metavar="TEXT",
+                       help="what --safe keeps away from, in the words of a prompt (default: that of the paper)")
 
 
 def add_rows(parser: Parser) -> None:

@@ -1,5 +1,6 @@
 """A loaded model and how it runs: one batch of requests in, finished pictures out."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,14 @@ from ldm.generation.geometry import Geometry
 from ldm.generation.inputs import Given, Inputs, read_inputs
 from ldm.generation.noise import Noise
 from ldm.generation.request import Request
+from ldm.generation.safe import strength
 from ldm.generation.words import Known
 from ldm.image.depth import to_depth
 from ldm.image.io import to_image
 from ldm.memory import as_out_of_memory, autocast
 from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[Tensor, Tensor], None]
 
@@ -105,7 +109,8 @@ class Pipeline:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
         start, levels = self.path(request)
-        guidance = sampling.Guidance(request.scale, request.image_scale)
+        away = sampling.Away(*strength(request.safe)) if request.safe else None
+        guidance = sampling.Guidance(request.scale, request.image_scale, away)
         denoise = sampling.Denoiser(sampling.ask(model.apply_model, told.roles), model.parameterization, guidance)
         blending = given.mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
         clean = stages.first_latent(model, given.image) if start.alpha or blending else 0.0
@@ -134,4 +139,7 @@ class Pipeline:
             on_step(x, x0)
             if now := told.later.get(step):
                 denoise.ask = sampling.ask(model.apply_model, now.roles)
+        if away and away.calls <= away.warmup:
+            logger.warning("--safe %s begins after %d evaluations of the network, but the walk had only %d: it changed "
+                           "nothing", request.safe, away.warmup, away.calls)
         return x

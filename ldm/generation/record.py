@@ -56,6 +56,7 @@ class Recorder:
             "Sampler": sampler_label(request.sampler, request.schedule),
             "CFG scale": request.scale,
             "Image CFG scale": request.image_scale,
+            "Safe": request.safe,
             "Seed": request.seed,
             "Size": f"{width}x{height}",
             "Model hash": self.sha256[:10],

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ldm.errors import RequestError
+from ldm.generation.safe import CONCEPT, strength
 
 SAMPLERS = (
     "plms", "ddim", "ddpm", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_2s_a",
@@ -26,6 +27,7 @@ class Request:
     image_scale: of a picture that is edited as the prompt says, how closely it is followed; None where none is.
     depth_img: the depth of `init_img`, brighter where it is nearer, in place of what the model sees itself.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
+    safe: how far to keep from `safe_concept`, as `ldm.generation.safe` reads it; None is not at all.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
     Raises RequestError.
@@ -48,6 +50,8 @@ class Request:
     height: int | None = None
     long_prompt: str = "cut"
     prompt_weights: bool = False
+    safe: str | None = None
+    safe_concept: str = CONCEPT
     init_img: str | None = None
     mask: str | None = None
     depth_img: str | None = None
@@ -57,6 +61,7 @@ class Request:
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
         check_text("negative_prompt", self.negative_prompt)
+        check_text("safe_concept", self.safe_concept)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("seed_mode", self.seed_mode, SEED_MODES)
@@ -71,6 +76,8 @@ class Request:
             raise RequestError(f"scale must be a finite number, got {self.scale}; 7.5 is usual, 1 means no guidance")
         if self.image_scale is not None and not math.isfinite(self.image_scale):
             raise RequestError(f"image_scale must be a finite number, got {self.image_scale}; 1.5 is usual")
+        if self.safe is not None:
+            strength(self.safe)
         if self.eta and self.sampler not in ETA_SAMPLERS:
             raise RequestError(f"ddim_eta must be 0 with {self.sampler}, got {self.eta}; only ddim takes an eta")
         for name in ("width", "height"):
@@ -85,7 +92,7 @@ class Request:
     @property
     def steers(self) -> bool:
         """Whether guidance needs to know what the network says without the prompt."""
-        return self.scale != 1.0 or self.image_scale is not None
+        return self.scale != 1.0 or self.image_scale is not None or self.safe is not None
 
     def with_seed(self, seed: int) -> "Request":
         return replace(self, seed=seed)

@@ -35,6 +35,7 @@ class Condition:
     """What the denoiser is told, with and without guidance, and what it is told instead from a `later` step on.
 
     cut: the words of each prompt that did not fit. image: what is told of a picture to edit, without the prompt.
+    concept: what to keep away from.
     """
 
     positive: Tensor | dict | None
@@ -42,11 +43,12 @@ class Condition:
     cut: tuple[str, ...] = ()
     later: Mapping[int, "Condition"] = field(default_factory=dict)
     image: dict | None = None
+    concept: Tensor | dict | None = None
 
     @property
     def roles(self) -> sampling.Told:
         """All of it as guidance takes it."""
-        return sampling.Told(self.negative, self.image, self.positive)
+        return sampling.Told(self.negative, self.image, self.positive, self.concept)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def check(model: LatentDiffusion, request: Request) -> None:
         if request.prompt:
             hint = "leave --prompt out" if key == "concat" else "use scripts/sample_diffusion.py"
             raise RequestError(f"this model takes no prompt: {hint}")
+        if request.safe:
+            raise RequestError("this model takes no prompt, and so no concept to keep away from: leave --safe out")
     elif request.long_prompt == "chunk" and not hasattr(encoder, "encode_long"):
         raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
 
@@ -135,7 +139,8 @@ def condition(
     def with_picture(told: Condition) -> Condition:
         later = {step: with_picture(other) for step, other in told.later.items()}
         seen = join(beside, told.negative) if edits else None
-        return Condition(join(beside, told.positive), join(nothing, told.negative), told.cut, later, seen)
+        return Condition(join(beside, told.positive), join(nothing, told.negative), told.cut, later, seen,
+                         join(beside, told.concept))
 
     return with_picture(words)
 
@@ -150,7 +155,9 @@ def text_condition(
 
     @cache
     def told(now: tuple[str, ...]) -> Condition:
-        return Condition(words(now[:count]), words(now[count:]) if now[count:] else None)
+        positive, *others = (words(now[start:start + count]) for start in range(0, len(now), count))
+        negative, concept = [*others, None, None][:2]
+        return Condition(positive, negative, concept=concept)
 
     first, *later = (told(now) for now in texts.values())
     cut = tuple(max(map(words.cut, row), key=len) for row in islice(zip(*texts.values()), count))

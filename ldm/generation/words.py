@@ -17,10 +17,13 @@ Known = dict[tuple[str, bool, int | None], Any]
 
 
 def script(batch: Sequence[Request], steps: int) -> dict[int, tuple[str, ...]]:
-    """The prompts, then the negative ones where guidance needs them, under the first step they hold for."""
+    """The prompts under the first step they hold for, and behind them, where guidance needs them, the negative ones and
+    the concepts to keep away from."""
     texts = [request.prompt for request in batch]
     if batch[0].steers:
         texts += [request.negative_prompt for request in batch]
+    if batch[0].safe:
+        texts += [request.safe_concept for request in batch]
     if not batch[0].prompt_weights:
         return {0: tuple(texts)}
     return dict(merge_schedules([prompt_schedule(text, steps) for text in texts]))

@@ -11,13 +11,13 @@ from torch import Tensor
 from ldm.errors import RequestError
 from ldm.sampling import dpm, karras, vp
 from ldm.sampling.denoiser import Denoiser, denoiser
-from ldm.sampling.guidance import Guidance, Told, ask, guide
+from ldm.sampling.guidance import Away, Guidance, Told, ask, guide
 from ldm.sampling.prediction import CLEAN, Level, Prediction, to_prediction
 from ldm.sampling.schedule import Schedule, make_beta_schedule
 
 __all__ = [
-    "CLEAN", "SAMPLERS", "SPACINGS", "Denoiser", "Guidance", "Level", "Prediction", "Sampler", "Schedule", "Tail",
-    "Told", "ask", "denoiser", "guide", "levels", "make_beta_schedule", "tail", "to_prediction",
+    "CLEAN", "SAMPLERS", "SPACINGS", "Away", "Denoiser", "Guidance", "Level", "Prediction", "Sampler", "Schedule",
+    "Tail", "Told", "ask", "denoiser", "guide", "levels", "make_beta_schedule", "tail", "to_prediction",
 ]
 
 SPACINGS = ("default", "karras", "exponential", "trailing")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.sampling.guidance import ApplyModel, Ask, Guidance, Told, ask
-from ldm.sampling.prediction import Level, Prediction, to_prediction
+from ldm.sampling.prediction import Level, Prediction, eps_slope, to_prediction
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Denoiser:
     guidance: Guidance
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        out = self.guidance(self.ask(x, timestep(level.t, x)))
+        out = self.guidance(self.ask(x, timestep(level.t, x)), eps_slope(self.kind, level))
         return to_prediction(self.kind, x, out, level)
 
 

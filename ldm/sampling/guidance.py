@@ -16,16 +16,43 @@ class Told(NamedTuple):
     """What a network is told, or what it says to each; None where it is not asked.
 
     cond: the prompt, and all else that it takes; uncond: the same without the prompt, or with a negative one, and
-    without the picture to edit; image: that picture without the prompt. Each a tensor (b, ...), a list of them, or a
-    dict of either (c_concat, c_crossattn, c_adm).
+    without the picture to edit; image: that picture without the prompt; concept: what to keep away from, in place of
+    the prompt. Each a tensor (b, ...), a list of them, or a dict of either (c_concat, c_crossattn, c_adm).
     """
 
     uncond: Any = None
     image: Any = None
     cond: Any = None
+    concept: Any = None
 
 
 Ask = Callable[[Tensor, Tensor], Told]
+
+
+@dataclass
+class Away:
+    """Keeps guidance away from a concept for one walk (Safe Latent Diffusion: Schramowski et al. 2023, eq. 3 to 8).
+
+    scale, threshold: of the distance to the concept, at each place of the noise. warmup: calls that change nothing, but
+    for the momentum, which enters by momentum_scale and keeps a share beta of itself.
+    """
+
+    scale: float
+    warmup: int
+    threshold: float
+    momentum_scale: float
+    beta: float
+    momentum: Tensor | float = 0.0
+    calls: int = 0
+
+    def __call__(self, base: Tensor, cond: Tensor, concept: Tensor) -> Tensor:
+        """What to take off cond - base, from the noise (b, c, h, w) that the network sees under each."""
+        gap = cond - concept
+        weight = torch.where(gap < self.threshold, (self.scale * gap).abs().clamp(max=1.0), 0.0)
+        off = weight * (concept - base) + self.momentum_scale * self.momentum
+        self.momentum = self.beta * self.momentum + (1 - self.beta) * off
+        self.calls += 1
+        return off if self.calls > self.warmup else torch.zeros_like(off)
 
 
 @dataclass(frozen=True)
@@ -33,19 +60,24 @@ class Guidance:
     """One output from several: out = uncond + scale * (cond - uncond) (Ho & Salimans 2022, eq. 6, with scale = 1 + w).
 
     Where a picture is edited, out = uncond + image_scale * (image - uncond) + scale * (cond - image) (Brooks et al.
-    2023, eq. 3).
+    2023, eq. 3); where a concept is told, `away` takes its part off what scale multiplies.
     """
 
     scale: float = 1.0
     image_scale: float | None = None
+    away: Away | None = None
 
-    def __call__(self, said: Told) -> Tensor:
+    def __call__(self, said: Told, slope: float = 1.0) -> Tensor:
+        """slope: how much noise a change of the output stands for (see `eps_slope`); 0 leaves the concept out."""
         if said.uncond is None:
             return said.cond
-        if said.image is None:
-            return said.uncond + self.scale * (said.cond - said.uncond)
-        seen = said.uncond + self.image_scale * (said.image - said.uncond)
-        return seen + self.scale * (said.cond - said.image)
+        base = seen = said.uncond
+        if said.image is not None:
+            base, seen = said.image, said.uncond + self.image_scale * (said.image - said.uncond)
+        towards = said.cond - base
+        if said.concept is not None and slope:
+            towards = towards - self.away(*(slope * one for one in (base, said.cond, said.concept))) / slope
+        return seen + self.scale * towards
 
 
 def ask(apply_model: ApplyModel, told: Told) -> Ask:

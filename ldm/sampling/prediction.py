@@ -58,3 +58,13 @@ def to_prediction(kind: str, x: Tensor, out: Tensor, level: Level) -> Prediction
         case "v":
             return Prediction(a * x - s * out, s * x + a * out)
     raise ValueError(f"parameterization must be eps, x0 or v, got {kind!r}")
+
+
+def eps_slope(kind: str, level: Level) -> float:
+    """How much the eps of `to_prediction` changes with the output: what a difference of outputs is worth in noise."""
+    match kind:
+        case "v":
+            return level.alpha
+        case "x0":
+            return -level.alpha / level.sigma
+    return 1.0

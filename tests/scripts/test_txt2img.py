@@ -326,3 +326,13 @@ def test_two_options_are_laid_out_in_a_grid_that_a_resume_finishes(txt2img):
     alone = txt2img("--prompt", "a hare", "--seed", 9, "--seed_mode", "image", "--sampler", "ddim", "--ddim_steps", 2,
                     "--W", 64, "--H", 64, "--n_iter", 1, "--n_samples", 1, "--skip_grid")
     assert np.abs(pixels(alone.out[0]).astype(int) - pixels(samples[7])).max() <= 1  # it was in another batch
+
+
+def test_safe_latent_diffusion_is_on_record_and_made_again_byte_for_byte(txt2img):
+    settings = ("--safe", "500,1,0.2,0.5,0.7", "--safe_concept", "snow", "--n_iter", 2)
+    first = txt2img("--prompt", "a fox", *settings)
+    record = read_record(first.out[1])["request"]
+    assert (record["safe"], record["safe_concept"]) == settings[1::2][:2]
+    again = txt2img("--replay", first.out[1], "--outdir", "again")
+    assert Path(again.out[0]).read_bytes() == Path(first.out[1]).read_bytes()
+    assert "safe must be weak, medium, strong, max or five numbers" in txt2img("--safe", "hard").said
