@@ -4,7 +4,8 @@
     python scripts/train_shapes.py --gpu   # on a GPU, in larger batches
 
 The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops and then on whole pictures,
-CLIP, and latent diffusion. What this command does not know is handed to each of them.
+both towers of CLIP and then that for pictures alone, and latent diffusion. What this command does not know is handed
+to each of them.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def main() -> None:
     logs = train(work, "autoencoder-whole", recipe("autoencoder", "autoencoder-whole"),
                  [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *words])
     train(work, "clip", recipe("clip"), [f"model.params.folder={tower}", *words])
+    train(work, "clip-pictures", recipe("clip", "clip-pictures"), [f"model.params.folder={tower}", *words])
     logs = train(work, "latent", recipe("latent"), [
         f"model.params.first_stage_config.params.ckpt_path={logs}/checkpoints/last.ckpt",
         f"model.params.cond_stage_config.params.version={tower}",

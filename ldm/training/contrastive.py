@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,6 +63,8 @@ class ContrastiveModel(pl.LightningModule):
     text, vision: options of ClipConfig; the vocabulary is that of the tokenizer in `folder`, which is written if it is
     not there. negatives: how many false captions each picture is shown beside those of the rest of the batch.
     attribute_weight: of the cross-entropy by which linear readers find every attribute in the pooled text state.
+    locked_text: the towers of `folder` are gone on with, of which that for text stays as it is (Zhai et al. 2022), so
+    that pictures can be learnt for as long as one likes beside, or after, a model that reads its states.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ContrastiveModel(pl.LightningModule):
         embed: int = 128,
         negatives: int = 3,
         attribute_weight: float = 1.0,
+        locked_text: bool = False,
         weight_decay: float = 0.01,
         warm_up_steps: int = 100,
         monitor: str = "val/loss",
@@ -96,8 +99,13 @@ class ContrastiveModel(pl.LightningModule):
         for embedding in (self.text_model.embeddings, self.vision_model.embeddings):
             nn.init.normal_(embedding.position_embedding.weight, std=0.01)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        with torch.device("cpu"):
+            self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+            self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        if locked_text:
+            self.load_state_dict(load_file(self.folder / "model.safetensors"), strict=False)
+            for part in (self.text_model, self.text_projection, self.readers):
+                part.requires_grad_(False)
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Vectors (b, embed) of length 1, and the pooled states (b, width) that they come from."""
@@ -132,7 +140,7 @@ class ContrastiveModel(pl.LightningModule):
         read = self.readers(pooled).split([len(words) for words in ATTRIBUTES.values()], dim=1)
         reading = sum(F.cross_entropy(logits, words) for logits, words in zip(read, said.T)) / len(read)
         exact = torch.stack([logits.argmax(dim=1) == words for logits, words in zip(read, said.T)])
-        loss = contrast + self.attribute_weight * reading
+        loss = contrast + self.attribute_weight * reading if self.readers.weight.requires_grad else contrast
         parts = {
             "loss": loss, "contrast": contrast, "reading": reading,
             "retrieved": (torch.cat([pairs, near], dim=1).argmax(dim=1) == truth).float().mean(),

@@ -90,3 +90,17 @@ def test_pictures_of_any_side_are_brought_to_that_of_the_tower(model):
     large = torch.rand(2, 3, 64, 64) * 2 - 1
     assert model.encode_image(large).shape == (2, 16)
     torch.testing.assert_close(model.encode_image(large).norm(dim=-1), torch.ones(2))
+
+
+def test_a_locked_text_tower_stays_as_it_was_saved_while_pictures_are_learnt(model, batch):
+    from ldm.training.contrastive import ContrastiveModel
+
+    model.save_folder()
+    locked = ContrastiveModel(str(model.folder), model.text, model.vision, embed=16, locked_text=True)
+    before = {name: weight.clone() for name, weight in locked.named_parameters()}
+    torch.testing.assert_close(before["text_projection.weight"], model.text_projection.weight)
+    optimizer = torch.optim.AdamW(locked.parameters(), lr=1e-2)
+    locked.losses(batch, "train")[0].backward()
+    optimizer.step()
+    changed = {name for name, weight in locked.named_parameters() if not torch.equal(weight, before[name])}
+    assert {name.partition(".")[0] for name in changed} == {"vision_model", "visual_projection", "logit_scale"}

@@ -16,6 +16,7 @@ SMALL = {
     "autoencoder": {"data": {"params": {"batch_size": 2, "validation": {"params": {"n": 1}}}}},
     "autoencoder-whole": {"data": {"params": {"batch_size": 1}}, "lightning": {"trainer": {"max_steps": 2}}},
     "clip": {"data": {"params": {"batch_size": 4, "validation": {"params": {"n": 4}}}}},
+    "clip-pictures": {},
     "latent": {
         "data": {"params": {"batch_size": 2, "train": {"params": {"source": {"params": {"n": 4}}}},
                             "validation": {"params": {"source": {"params": {"n": 2}}}}}},
