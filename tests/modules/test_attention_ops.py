@@ -58,3 +58,14 @@ def test_choosing_gives_back_the_previous_choice_and_refuses_unknown_ones():
     assert set_attention("sdpa") == "math"
     with pytest.raises(ValueError, match="sdpa, sliced, math"):
         set_attention("flash")
+
+
+def test_gradients_of_short_sequences_are_those_of_the_fused_kernel(monkeypatch):
+    def gradient(short: int) -> torch.Tensor:
+        monkeypatch.setattr(attention_ops, "SHORT", short)
+        q, k, v = (torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(i), requires_grad=True)
+                   for i in range(3))
+        attention(q, k, v, 0.3).square().sum().backward()
+        return torch.stack([q.grad, k.grad, v.grad])
+
+    torch.testing.assert_close(gradient(36), gradient(35))
