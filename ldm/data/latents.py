@@ -34,10 +34,10 @@ class CachedLatents(Dataset):
     def fill(self, source: Dataset, first_stage: torch.nn.Module, batch_size: int, num_workers: int) -> None:
         """Encode every picture into moments.npy, float16 (n, h, w, 2c); captions.json, the last file, says it is whole.
 
-        The encoder runs where there is a GPU, if there is one.
+        The encoder runs where there is a GPU, if there is one, and in bfloat16, of which float16 keeps every digit.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        first_stage = first_stage.eval().to(device)
+        first_stage = first_stage.eval().to(device, torch.bfloat16, memory_format=torch.channels_last)
         self.folder.mkdir(parents=True, exist_ok=True)
         partial, progress = self.folder / "moments.npy", self.folder / "progress.json"
         captions = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else []
