@@ -44,6 +44,7 @@ def plot(table: Table, path: Path) -> Path:
     for x, y, scale in zip(across, up, scales):
         axes.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axes.set(xlabel="CLIP score", ylabel=label(distance), title=f"{table.facts['sampler']}, n = {table.facts['n']}")
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     return path
@@ -51,4 +52,4 @@ def plot(table: Table, path: Path) -> Path:
 
 def label(distance: str) -> str:
     """What the axis of a distance is called; FID is on the features of Inception alone."""
-    return "FID (Inception)" if distance == "fid" else f"Fréchet distance on {distance.removeprefix('frechet_')}"
+    return {"fid": "FID (Inception)", "frechet_clip": "Fréchet distance (CLIP features)"}.get(distance, distance)

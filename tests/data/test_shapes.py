@@ -1,6 +1,7 @@
 """The shapes world: its words, its scenes, its pictures and the datasets made of them."""
 
 from itertools import combinations
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -54,6 +55,11 @@ def test_every_caption_that_is_written_reads_back_as_itself():
     for scene in scenes(200):
         text = caption(scene)
         assert str(parse(text)) == text
+
+
+def test_the_captions_of_the_pictures_in_the_readme_are_in_the_grammar():
+    captions = (Path(__file__).parents[2] / "docs" / "captions.txt").read_text().splitlines()
+    assert [str(parse(text)) for text in captions] == captions
 
 
 @pytest.mark.parametrize(
