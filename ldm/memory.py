@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import re
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,16 +125,23 @@ def place(model: nn.Module, device: torch.device, memory: str = "auto") -> nn.Mo
     def move(tensor: Tensor) -> Tensor:
         if id(tensor) in waiting:
             return tensor.to("cpu")
-        layout = torch.channels_last if tensor.ndim == 4 and not saving.network else torch.preserve_format
-        return tensor.to(device, memory_format=layout)
+        if tensor.ndim != 4:
+            return tensor.to(device)
+        # In the layout of the file, mapped weights stay in it.
+        return tensor.to(device, memory_format=torch.contiguous_format if saving.network else torch.channels_last)
 
     with as_out_of_memory(f"{device} has no room for the model: try --memory lowest or --precision bf16"):
         return model._apply(move)
 
 
-def lowest(model: nn.Module) -> nn.Module:
-    """Make the rest of the process get by with the least memory; for a picture that did not fit before."""
-    return place(model, model.device, "lowest")
+@contextlib.contextmanager
+def lowest(model: nn.Module, usual: str) -> Iterator[None]:
+    """Let a model get by with the least memory inside the block; after it, as with `usual` (auto, low) again."""
+    place(model, model.device, "lowest")
+    try:
+        yield
+    finally:
+        place(model, model.device, usual)
 
 
 def wait(model: nn.Module, device: torch.device, saving: Saving) -> set[int]:
@@ -177,12 +186,22 @@ class Visit:
 
 @contextlib.contextmanager
 def as_out_of_memory(message: str):
-    """Turn each backend's way of saying that memory is short into OutOfMemory, with a message of what would help."""
+    """Turn each backend's way of saying that memory is short into OutOfMemory: a message, and what was asked for."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(message) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error):
-            raise OutOfMemory(message) from error
-        raise
+    except (RuntimeError, MemoryError) as error:
+        said = str(error)
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in said and "out of memory" not in said:
+            raise
+        raise OutOfMemory(message + asked_for(said)) from error
+
+
+def asked_for(said: str) -> str:
+    """How much memory was asked for when there was none left, as far as a backend's message says so."""
+    found = re.search(r"(?i)tried to allocate ([\d.]+) ?([KMGT]?i?B|bytes)", said)
+    if not found:
+        return ""
+    size = float(found[1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(found[2][0], 1)
+    told = f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+    return f" (the piece that did not fit is of {told})"

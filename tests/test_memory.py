@@ -13,11 +13,12 @@ from torch import nn
 
 from ldm import memory
 from ldm.config import load_config, model_section
+from ldm.errors import OutOfMemory
 from ldm.generation.geometry import geometry
 from ldm.generation.noise import NoiseSource
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.request import Request
-from ldm.memory import SAVINGS, Saving, free_memory, lowest, pick_memory, place, wait
+from ldm.memory import SAVINGS, Saving, as_out_of_memory, free_memory, lowest, pick_memory, place, wait
 from ldm.models.load import load_model
 from ldm.modules.attention_ops import set_attention
 from ldm.modules.bands import set_band
@@ -180,12 +181,35 @@ def test_a_weight_waits_once_however_often_it_is_asked_to(models, small):
     assert counts == {0, 1}
 
 
-def test_a_model_that_proved_too_large_draws_on_with_the_lowest(models, usual, small):
+def test_a_picture_that_proved_too_large_is_drawn_with_the_lowest_and_the_next_one_as_before(models, usual, small):
     request, picture = usual("txt2img")
-    model = lowest(place(models("text"), CPU))
-    assert set_band(1) == SAVINGS["lowest"].band
-    set_band(SAVINGS["lowest"].band)
-    assert np.abs(draw(model, models.config("text"), request) - picture).max() <= 1
+    model, config = place(models("text"), CPU), models.config("text")
+    before = draw(model, config, request)
+    with lowest(model, "auto"):
+        assert set_band(SAVINGS["lowest"].band) == SAVINGS["lowest"].band
+        meagre = draw(model, config, request)
+    assert np.abs(meagre - picture).max() <= 1
+    assert np.array_equal(meagre, draw(place(models("text"), CPU, "lowest"), config, request))
+    place(model, CPU)
+    assert np.array_equal(draw(model, config, request), before)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "fit is of 21.47 GB)"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate 256 MB"), "is of 268.44 MB)"),
+        (RuntimeError("can't allocate memory: you tried to allocate 4000000000 bytes."), "4.00 GB)"),
+        (MemoryError(), "too wide"),
+    ],
+)
+def test_every_backends_way_of_saying_that_memory_is_short_is_one_with_what_was_asked_for(error, said):
+    with pytest.raises(OutOfMemory) as caught, as_out_of_memory("too wide"):
+        raise error
+    assert str(caught.value).startswith("too wide")
+    assert str(caught.value).endswith(said)
+    with pytest.raises(RuntimeError, match="shapes"), as_out_of_memory("too wide"):
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize(("left", "picked"), [(4 << 30, "auto"), (2 << 30, "low"), (1 << 20, "lowest"), (-5, "lowest")])

@@ -28,6 +28,7 @@ from ldm.generation.record import Recorder, Replay
 from ldm.generation.request import Request
 from ldm.generation.rows import Row, check_rows
 from ldm.image.io import Outdir, check_outdir, write_png
+from ldm.memory import lowest
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Run:
 
     def _write(self, drawn: Drawn, save: Callable[..., Path]) -> None:
         made = self.finish(drawn.outcome)
-        info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(drawn.job), drawn.before)
+        info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(drawn.job), drawn.before, drawn.how)
         tell_saved(self.tell, save(made.image, info, made.depth), made)
 
     def _walk(self, batch: Sequence[Job]) -> int:
@@ -252,12 +253,17 @@ class Run:
         return summary
 
     def _sample(
-        self, jobs: Sequence[Job], before: list[list[int]] | None, watch: Callable[[], OnStep]
+        self,
+        jobs: Sequence[Job],
+        before: list[list[int]] | None,
+        watch: Callable[[], OnStep],
+        how: Mapping[str, str] | None = None,
     ) -> Iterator[Drawn]:
-        """Draw jobs together; where the memory does not hold them, in halves.
+        """Draw jobs together; where the memory does not hold them, in halves, and one alone with the least of it.
 
-        before: the history that the noise is brought to first. Raises OutOfMemory where it does not hold one picture
-        that is not a row of a file: then it holds none of the others, either.
+        before: the history that the noise is brought to first. how: the settings in place of the run's. Raises
+        OutOfMemory where the memory does not hold one picture that is not a row of a file: then it holds none of the
+        others, either.
         """
         if error := jobs[0].error:
             failed = RequestError(error)
@@ -275,7 +281,7 @@ class Run:
         else:
             seconds, after = (time.monotonic() - begun) / len(jobs), deepcopy(noise.history)
             for job, outcome in zip(jobs, outcomes, strict=True):
-                yield Drawn(job, outcome, jobs, before, after, seconds)
+                yield Drawn(job, outcome, jobs, before, after, seconds, how or {})
             return
         noise.reach(before)
         if not isinstance(failed, OutOfMemory):
@@ -286,12 +292,18 @@ class Run:
             halves = chain(self._sample(jobs[:half], None, watch), self._sample(jobs[half:], None, watch))
             for index, drawn in enumerate(halves):
                 if not index and isinstance(drawn.outcome, Picture):
-                    logger.warning("%s (it was enough for %d)", failed, len(drawn.batch))
+                    logger.warning("%s: it was enough for %d", failed, len(drawn.batch))
                 yield drawn
-        elif jobs[0].place:
-            yield Drawn(jobs[0], failed, jobs, before, before, 0.0)
+        elif how is None and (usual := self.recorder.how["memory"]) != "lowest":
+            logger.warning("%s: trying with --memory lowest", failed)
+            with lowest(self.pipeline.model, usual):
+                yield from list(self._sample(jobs, None, watch, {"memory": "lowest"}))
         else:
-            raise failed
+            failed = OutOfMemory(f"{failed}, and --memory lowest is all that can be saved: make it smaller, or try "
+                                 "--precision bf16")
+            if not jobs[0].place:
+                raise failed
+            yield Drawn(jobs[0], failed, jobs, before, before, 0.0)
 
 
 def describe(job: Job) -> str:

@@ -1,8 +1,8 @@
 """Where the pictures of a run go: numbered files, a grid of them all, and a line for each in the manifest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What became of a job, with whom it was drawn, and between which histories of the noise."""
+    """What became of a job, with whom it was drawn, and between which histories of the noise.
+
+    how: the settings that it was drawn with in place of the run's.
+    """
 
     job: Job
     outcome: Picture | LdmError
@@ -51,6 +54,7 @@ class Drawn:
     before: History
     after: History
     seconds: float
+    how: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def requests(self) -> list[Request]:
@@ -147,7 +151,7 @@ class Gallery:
             return
         made = self.finish(outcome)
         if not self.options.skip_save:
-            info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(job), drawn.before)
+            info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(job), drawn.before, drawn.how)
             try:
                 path = self._save(job, made, info)
             except OutputError as error:

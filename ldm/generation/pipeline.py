@@ -70,8 +70,8 @@ class Pipeline:
         device = self.model.device
         inputs = read_inputs(batch[0], self.geometry)
         given, shape = inputs.tensors(device), self.geometry.latent(*inputs.size)
-        too_much = (f"not enough memory on {device} for a batch of {len(batch)} at {inputs.width}x{inputs.height}: "
-                    "make either smaller, or try --memory lowest or --precision bf16")
+        what = f"a batch of {len(batch)}" if len(batch) > 1 else "a picture"
+        too_much = f"not enough memory on {device} for {what} at {inputs.width}x{inputs.height}"
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
             told = stages.condition(self.model, batch, given, shape[1:], steps, self.known)

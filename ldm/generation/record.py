@@ -48,8 +48,15 @@ class Recorder:
         self._hashing.join()
         return self._sha256
 
-    def png_info(self, made: Finished, batch: Sequence[Request], index: int, noise: list[list[int]]) -> PngInfo:
-        """The text chunks of one picture. noise: the `Noise.history` before its batch."""
+    def png_info(
+        self,
+        made: Finished,
+        batch: Sequence[Request],
+        index: int,
+        noise: list[list[int]],
+        how: Mapping[str, Any] | None = None,
+    ) -> PngInfo:
+        """The text chunks of a picture. noise: the `Noise.history` before its batch; how: what differs from the run."""
         request, (width, height) = batch[index], made.image.size
         settings = {
             "Steps": request.steps,
@@ -72,7 +79,7 @@ class Recorder:
                 "noise": noise,
                 "requests": [{name: getattr(one, name) for name in OF_A_PICTURE} for one in batch],
             },
-            "run": self.how,
+            "run": self.how | dict(how or {}),
             "model": {"config": self.config.name, "checkpoint": self.checkpoint.name, "sha256": self.sha256},
             "made": {"watermark": made.watermark, "safety": made.safety, "cut": made.cut},
             "versions": self.versions,

@@ -86,7 +86,7 @@ def run(pipeline, tmp_path):
 
     def make(failures=None, **options):
         options = RunOptions(outdir=str(tmp_path / "out"), watermark="", safety="off", **options)
-        recorder = Recorder(tmp_path / "config.yaml", tmp_path / "model.ckpt", dict.fromkeys(HOW, ""))
+        recorder = Recorder(tmp_path / "config.yaml", tmp_path / "model.ckpt", dict.fromkeys(HOW, "auto"))
         told = []
         made = Run(Damaged(pipeline("text"), failures or {}), options, Finisher(options), recorder,
                    lambda event, **facts: told.append((event, facts)))
@@ -128,7 +128,7 @@ def test_a_picture_that_fails_takes_no_other_with_it(run, caplog):
 
 def test_what_would_fail_again_ends_the_run(run, tmp_path):
     with pytest.raises(OutOfMemory):
-        run({1: OutOfMemory("no room")}, batch_size=1).draw(rows("abc"))
+        run({1: OutOfMemory("no room"), 2: OutOfMemory("no room")}, batch_size=1).draw(rows("abc"))
     assert len(list((tmp_path / "out/samples").iterdir())) == 1
     going = run(batch_size=1)
     tell = going.tell
@@ -147,14 +147,22 @@ def test_what_would_fail_again_ends_the_run(run, tmp_path):
 
 def test_a_batch_that_is_too_large_is_drawn_in_halves_and_a_row_that_still_is_fails(run, caplog):
     full = OutOfMemory("no room")
-    going = run({0: full, 2: full, 4: full}, batch_size=4)  # 4; then 2; 2, 1, 1
+    going = run({0: full, 2: full, 4: full, 5: full}, batch_size=4)  # 4; then 2; 2, 1, 1, and 1 with the least memory
     rows_of_a_file = [replace(row, place=f"line {n}") for n, row in enumerate(rows("abcd"), 1)]
     assert going.draw(rows_of_a_file) == Summary(made=3, failed=1)
     assert [path.name for path in saved(going)] == ["00000.png", "00001.png", "00002.png", "grid-0000.png"]
-    assert caplog.messages == ["no room (it was enough for 2)", "no room (it was enough for 1)", "line 4, 'd': no room"]
+    assert caplog.messages[:3] == ["no room: it was enough for 2", "no room: it was enough for 1",
+                                   "no room: trying with --memory lowest"]
+    assert caplog.messages[3].startswith("line 4, 'd': no room, and --memory lowest is all that can be saved: make it")
     again = run()
     again.redraw(Replay.read(saved(going)[2]))
     assert saved(again)[0].read_bytes() == saved(going)[2].read_bytes()
+
+
+def test_a_picture_that_needs_the_least_memory_says_so_in_its_record_and_is_made_again_with_it(run):
+    going = run({0: OutOfMemory("no room")}, batch_size=1, skip_grid=True)  # 1, and 1 with the least memory; then 1
+    assert going.draw(rows("ab")) == Summary(made=2)
+    assert [Replay.read(path).how["memory"] for path in saved(going)] == ["lowest", "auto"]
 
 
 def test_the_grid_shows_what_was_made_in_rows_of_the_batch_size(run):

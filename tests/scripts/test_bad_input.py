@@ -210,7 +210,11 @@ def test_a_device_that_is_not_there_is_wrong_usage(txt2img):
 
 
 def test_more_memory_than_there_is_exits_with_4(txt2img):
-    check(txt2img("--W", 1_600_000, "--H", 1_600_000), 4, "not enough memory", "1600000x1600000", "make either smaller")
+    done = txt2img("--W", 1_600_000, "--H", 1_600_000)
+    first, last = done.err
+    assert first.endswith("GB): trying with --memory lowest")
+    check(done._replace(err=[last]), 4, "not enough memory on cpu for a picture at 1600000x1600000",
+          "make it smaller", "2,560.00 GB")
 
 
 @pytest.mark.parametrize(
