@@ -19,7 +19,8 @@ class Family:
     """A kind of model. `tell` maps a weight's name (a prefix if it ends in *) to its shape; None is any shape or side.
 
     config: the YAML that builds it, None where there is none yet. script: the command that it is for. note: what else
-    is built from weights of the same names and shapes.
+    is built from weights of the same names and shapes. eps: its YAML where `config` is for a network that predicts v
+    and this one turns out to predict the noise.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Family:
     script: str | None
     tell: Mapping[str, Shape | None]
     note: str = ""
+    eps: str | None = None
 
     def advice(self) -> str:
         """What to do with a file of this family, as a clause for an error message."""
@@ -59,7 +61,7 @@ FAMILIES = (
     Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024)),
     Family("Stable unCLIP", None, None, unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=None)),
     Family("Stable Diffusion 2", f"{SD}/v2-inference-v.yaml", TXT2IMG, unet(320, 4, 1024),
-           "v2-inference.yaml for the base models"),
+           "v2-inference.yaml for the base models", eps=f"{SD}/v2-inference.yaml"),
     Family("Stable Diffusion image variations", None, None,
            unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
     Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),

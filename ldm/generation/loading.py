@@ -27,6 +27,7 @@ from ldm.generation.rows import Row, check_rows
 from ldm.image.io import check_outdir
 from ldm.memory import DTYPES, SAVINGS, as_out_of_memory, pick_device, pick_memory, pick_precision, place
 from ldm.models.load import build_model, load_model
+from ldm.models.probe import noise_returned
 from ldm.util import get_obj_from_str
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,13 @@ def shipped_config(checkpoint: Path) -> str:
     family = open_checkpoint(checkpoint).family
     if not family.config:
         raise CheckpointError(f"{checkpoint} ({family.name}) does not tell its config: name its YAML with --config")
-    logger.info("%s is of the family %s: using %s", checkpoint, family.name, family.config)
-    return family.config
+    config, told = family.config, ""
+    if family.eps:
+        returned = noise_returned(find(family.config), checkpoint)
+        config = family.eps if returned > 0.5 else family.config
+        told = f", and of noise alone it gives back {max(returned, 0.0):.0%}"
+    logger.info("%s is of the family %s%s: using %s", checkpoint, family.name, told, config)
+    return config
 
 
 def check_prompts(rows: Sequence[Row], grammar: Callable[[str], Any]) -> None:
