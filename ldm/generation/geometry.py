@@ -12,6 +12,7 @@ from ldm.generation.request import Request, check_side
 class Geometry:
     """Channels and factor of the latents; the native side in pixels; the step that a side must be a multiple of.
 
+    enlarges: how many times the side of what is drawn is that of the picture it is drawn from, in models made for that.
     image_channels: of what is decoded: 3 colours, and where the model draws depth too, 1 or 3 more for that.
     """
 
@@ -20,6 +21,7 @@ class Geometry:
     side: int
     step: int
     image_channels: int = 3
+    enlarges: int = 1
 
     def size(self, request: Request) -> tuple[int, int]:
         """Width and height in pixels. Raises RequestError for a side that cannot be halved evenly."""
@@ -31,6 +33,20 @@ class Geometry:
     def latent(self, width: int, height: int) -> tuple[int, int, int]:
         """The latent's shape (c, h, w) for a picture in pixels."""
         return self.channels, height // self.factor, width // self.factor
+
+    def check_upscale(self, request: Request) -> None:
+        """Raise RequestError where a picture is to be enlarged otherwise than the model does it."""
+        if (request.upscale or 1) == self.enlarges:
+            return
+        if self.enlarges == 1:
+            raise RequestError("this model does not enlarge pictures: name an upscaler with --ckpt")
+        raise RequestError(f"this model enlarges pictures {self.enlarges} times: use scripts/upscale.py with "
+                           f"--init-img and --scale_factor {self.enlarges}")
+
+    def tile(self, side: int) -> tuple[int, int]:
+        """A tile's side in latents, from that in pixels of the small picture, and the step that it is a multiple of."""
+        step = self.step // self.factor
+        return max(1, round(side * self.enlarges / self.factor / step)) * step, step
 
     def check(self, channels: int | None, factor: int | None) -> None:
         """Hold what the command line says of the latents (--C, --f) against the config."""
@@ -49,7 +65,10 @@ def geometry(model_section: Mapping, source: str | Path = "the config") -> Geome
         sides = params.get("image_size", 32)
         side = sides if isinstance(sides, int) else max(sides)
         decoded = first_stage.get("ddconfig", {}).get("out_ch", 3)
-        return Geometry(params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1), decoded)
+        # Where the small picture stands beside the latents, it is of their size.
+        enlarges = factor if "low_scale_config" in params else params.get("enlarges", 1)
+        return Geometry(
+            params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1), decoded, enlarges)
     except (KeyError, TypeError, AttributeError) as error:
         what = str(error).partition("\n")[0]
         raise ConfigError(f"{source} does not describe a latent diffusion model ({what})") from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.errors import RequestError
 from ldm.generation.geometry import Geometry
 from ldm.generation.request import Request
-from ldm.image.io import fit, read_depth, read_image, read_mask, to_array
+from ldm.image.io import fill_up, fit, read_depth, read_image, read_mask, to_array
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ class Given(NamedTuple):
 class Inputs:
     """The picture to start from and the mask of what is repainted (white), of the size in pixels that is drawn.
 
-    depth: a map (*, *) of its depth, of any size.
+    depth: a map (*, *) of its depth, of any size. For a model that enlarges pictures, `image` is the small one, filled
+    up at its right and lower edges, and `cut` the size that is left of what is drawn.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Inputs:
     image: Image.Image | None = None
     mask: Image.Image | None = None
     depth: np.ndarray | None = None
+    cut: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,8 +59,10 @@ class Inputs:
             depth = torch.from_numpy(self.depth)[None, None].to(device)
         return Given(image, mask, depth)
 
-    def keep_unmasked(self, drawn: Image.Image) -> Image.Image:
-        """Put back every pixel that was not to be repainted, unchanged."""
+    def restore(self, drawn: Image.Image) -> Image.Image:
+        """Cut off what was filled up, and put back every pixel that was not to be repainted, unchanged."""
+        if self.cut and self.cut != drawn.size:
+            return drawn.crop((0, 0, *self.cut))
         return drawn if self.mask is None else Image.composite(drawn, self.image, self.mask)
 
 
@@ -95,6 +99,10 @@ def _read_inputs(
     """Each file is read, and what is done to it told, once for as long as `files` tell that it is the same."""
     image = read_image(init_img)
     own = image.size
+    if geometry.enlarges > 1:
+        small = fill_up(image, geometry.step // geometry.enlarges)
+        (width, height), (w, h) = ([side * geometry.enlarges for side in one.size] for one in (small, image))
+        return Inputs(width, height, small, cut=(w, h))
     if width or height:
         size = geometry.size(Request(width=width or own[0], height=height or own[1]))
         image = image.resize(size, Image.Resampling.LANCZOS)

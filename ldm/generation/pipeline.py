@@ -54,8 +54,9 @@ class Pipeline:
 
     def check(self, request: Request) -> None:
         """Raise RequestError for what this model cannot draw. It may be on the meta device, without its weights."""
-        read_inputs(request, self.geometry)
         stages.check(self.model, request)
+        self.geometry.check_upscale(request)
+        read_inputs(request, self.geometry)
         self.path(request)
 
     @torch.inference_mode()
@@ -74,7 +75,7 @@ class Pipeline:
         too_much = f"not enough memory on {device} for {what} at {inputs.width}x{inputs.height}"
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
-            told = stages.condition(self.model, batch, given, shape[1:], steps, self.known)
+            told = stages.condition(self.model, batch, given, shape[1:], steps, draw, self.known)
             latents = self._sample(batch, told, given, shape, draw, on_step)
             cuts = told.cut or [""] * len(batch)
             # One by one, for the memory of a single picture.
@@ -87,7 +88,7 @@ class Pipeline:
             depth = to_depth(pixels[..., 3:]) if pixels.shape[-1] > 3 else None
         except NumericalError as error:
             return error
-        return Picture(inputs.keep_unmasked(drawn), request, cut, depth)
+        return Picture(inputs.restore(drawn), request, cut, depth)
 
     def path(self, request: Request) -> sampling.Tail:
         """The level that a request starts from, and those that it walks down: one fewer moves than levels."""
@@ -109,9 +110,12 @@ class Pipeline:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
         start, levels = self.path(request)
+        apply_model = model.apply_model
+        if request.upscale and request.tile:
+            apply_model = sampling.tiled(apply_model, *self.geometry.tile(request.tile))
         away = sampling.Away(*strength(request.safe)) if request.safe else None
         guidance = sampling.Guidance(request.scale, request.image_scale, away)
-        denoise = sampling.Denoiser(sampling.ask(model.apply_model, told.roles), model.parameterization, guidance)
+        denoise = sampling.Denoiser(sampling.ask(apply_model, told.roles), model.parameterization, guidance)
         blending = given.mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
         clean = stages.first_latent(model, given.image) if start.alpha or blending else 0.0
         keep = functional.interpolate(given.mask, size=shape[1:]) if blending else None
@@ -138,7 +142,7 @@ class Pipeline:
                 x.copy_(stages.blend(clean, x, keep, level, draw(x)))
             on_step(x, x0)
             if now := told.later.get(step):
-                denoise.ask = sampling.ask(model.apply_model, now.roles)
+                denoise.ask = sampling.ask(apply_model, now.roles)
         if away and away.calls <= away.warmup:
             logger.warning("--safe %s begins after %d evaluations of the network, but the walk had only %d: it changed "
                            "nothing", request.safe, away.warmup, away.calls)

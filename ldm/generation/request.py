@@ -17,6 +17,7 @@ SEED_MODES = ("run", "image")
 LONG_PROMPTS = ("cut", "chunk")
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
+MIN_TILE, MAX_TILE = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Request:
     width, height: pixels, or None for the model's native size. strength: how much of `init_img` is noised away, 0 to 1.
     image_scale: of a picture that is edited as the prompt says, how closely it is followed; None where none is.
     depth_img: the depth of `init_img`, brighter where it is nearer, in place of what the model sees itself.
+    upscale: how many times larger than `init_img` the picture is drawn, by a model that does that. noise_level: how
+    much of the small picture such a model may take for noise, in steps of its schedule. tile: a small picture with a
+    longer side is drawn in overlapping tiles of this side; 0 is never.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
     safe: how far to keep from `safe_concept`, as `ldm.generation.safe` reads it; None is not at all.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
@@ -55,6 +59,9 @@ class Request:
     init_img: str | None = None
     mask: str | None = None
     depth_img: str | None = None
+    upscale: int | None = None
+    noise_level: int = 20
+    tile: int = 256
     strength: float = 1.0
     class_label: int | None = None
 
@@ -71,6 +78,10 @@ class Request:
         check_range("ddim_steps", self.steps, 1, MAX_STEPS)
         check_range("ddim_eta", self.eta, 0.0, 1.0)
         check_range("strength", self.strength, 0.0, 1.0)
+        check_choice("scale_factor", self.upscale, (None, 2, 4))
+        check_range("noise_level", self.noise_level, 0, MAX_STEPS - 1)
+        if self.tile:
+            check_range("tile", self.tile, MIN_TILE, MAX_TILE)
         check_range("seed", self.seed, 0, MAX_SEED)
         if not math.isfinite(self.scale):
             raise RequestError(f"scale must be a finite number, got {self.scale}; 7.5 is usual, 1 means no guidance")

@@ -13,13 +13,15 @@ from torch.nn import functional
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation.inputs import Given
-from ldm.generation.request import Request
+from ldm.generation.noise import Noise
+from ldm.generation.request import Request, check_range
 from ldm.generation.words import Known, Words, script
 from ldm.models.diffusion.ddpm import (
     LatentDepth2ImageDiffusion,
     LatentDiffusion,
     LatentEditDiffusion,
     LatentInpaintDiffusion,
+    LatentUpscaleDiffusion,
 )
 from ldm.modules.midas.api import fit_depth
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REPAINTS = "this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask"
 EDITS = "this model edits a whole picture as the prompt says: use scripts/edit.py with --init-img"
+UPSCALES = "this model enlarges a picture: use scripts/upscale.py with --init-img"
 KEEPS_DEPTH = "this model keeps the depth of a picture: use scripts/depth2img.py with --init-img"
 
 
@@ -55,13 +58,15 @@ class Condition:
 class Beside:
     """What a kind of model is told beside a prompt.
 
-    tell: (model, what is given, the size (h, w) of the latents) -> what DiffusionWrapper takes beside c_crossattn;
-    fits: whether a request has what that needs; advice: what to say where it has not.
+    tell: (model, batch, what is given, the size (h, w) of the latents, noise) -> what DiffusionWrapper takes beside
+    c_crossattn; fits: whether a request has what that needs; advice: what to say where it has not; check: raises
+    RequestError for what this very model does not take.
     """
 
-    tell: Callable[[LatentDiffusion, Given, tuple[int, int]], dict]
+    tell: Callable[[LatentDiffusion, Sequence[Request], Given, tuple[int, int], Noise], dict]
     fits: Callable[[Request], bool]
     advice: str
+    check: Callable[[LatentDiffusion, Request], None] = lambda model, request: None
 
 
 def beside_prompt(model: LatentDiffusion) -> Beside | None:
@@ -75,11 +80,12 @@ def check(model: LatentDiffusion, request: Request) -> None:
     classes = getattr(encoder, "n_classes", 0)
     if key == "concat" and request.mask is None:
         raise RequestError(REPAINTS)
-    if key == "hybrid":
+    if key in ("hybrid", "hybrid-adm"):
         if not (beside := beside_prompt(model)):
             raise RequestError(f"it is not known here what {type(model).__name__} takes beside a prompt")
         if not beside.fits(request):
             raise RequestError(beside.advice)
+        beside.check(model, request)
     if request.image_scale is not None and not isinstance(model, LatentEditDiffusion):
         raise RequestError("this model does not edit pictures as a prompt says: use scripts/img2img.py, or name an "
                            "InstructPix2Pix checkpoint with --ckpt")
@@ -108,12 +114,13 @@ def condition(
     given: Given,
     size: tuple[int, int],
     steps: int,
+    draw: Noise,
     known: Known | None = None,
 ) -> Condition:
     """Encode the prompts, classes or pictures that this model takes.
 
-    size: that of the latents, (h, w); steps: how many are walked; known: the texts that have been encoded, to which
-    these are added.
+    size: that of the latents, (h, w); steps: how many are walked; draw: noise for what is told with some; known: the
+    texts that have been encoded, to which these are added.
     Raises RequestError as `check` does.
     """
     for request in batch:
@@ -126,9 +133,9 @@ def condition(
     if hasattr(model.cond_stage_model, "n_classes"):
         return class_condition(model, batch)
     words = text_condition(model, batch, steps, known)
-    if key != "hybrid":
+    if key not in ("hybrid", "hybrid-adm"):
         return words
-    beside = beside_prompt(model).tell(model, given, size)
+    beside = beside_prompt(model).tell(model, batch, given, size, draw)
     beside["c_concat"] = [one.expand(len(batch), -1, -1, -1) for one in beside["c_concat"]]
     edits = batch[0].image_scale is not None
     nothing = {**beside, "c_concat": [torch.zeros_like(one) for one in beside["c_concat"]]} if edits else beside
@@ -176,7 +183,9 @@ def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Conditi
     return Condition(embed(labels), nothing)
 
 
-def masked_latents(model: LatentInpaintDiffusion, given: Given, size: tuple[int, int]) -> dict:
+def masked_latents(
+    model: LatentInpaintDiffusion, batch: Sequence[Request], given: Given, size: tuple[int, int], draw: Noise
+) -> dict:
     """The mask and the latent of the picture without its masked part, side by side: (1, 1 + c, h/f, w/f).
 
     The part to repaint is set to 0, mid grey, as the Stable Diffusion inpainting models were trained.
@@ -186,12 +195,34 @@ def masked_latents(model: LatentInpaintDiffusion, given: Given, size: tuple[int,
     return {"c_concat": [torch.cat([parts[key] for key in model.concat_keys], dim=1)]}
 
 
-def depth_of(model: LatentDepth2ImageDiffusion, given: Given, size: tuple[int, int]) -> dict:
+def depth_of(
+    model: LatentDepth2ImageDiffusion, batch: Sequence[Request], given: Given, size: tuple[int, int], draw: Noise
+) -> dict:
     """The depth map that is given, or what the model sees in the picture: (1, 1, h/f, w/f) from -1, far, to 1, near."""
     depth, stage = given.depth, model.depth_model
     if depth is None:
         depth = run_stage(stage, lambda: stage(stage.prepare(given.image)), "the depth model")
     return {"c_concat": [fit_depth(depth, size)]}
+
+
+def low_scale(
+    model: LatentUpscaleDiffusion, batch: Sequence[Request], given: Given, size: tuple[int, int], draw: Noise
+) -> dict:
+    """The small picture (b, 3, h, w) with noise of a level, and that level (b,), which the network is told."""
+    small = given.image.expand(len(batch), -1, -1, -1)
+    level = torch.full((len(batch),), batch[0].noise_level, device=small.device)
+    return {"c_concat": [model.low_scale_model.q_sample(small, level, draw(small))], "c_adm": level}
+
+
+def enlarges(request: Request) -> bool:
+    """Whether a request is for a larger copy of a whole picture, and no more."""
+    plain = request.mask is None and not request.width and not request.height and request.strength == 1.0
+    return request.init_img is not None and request.upscale is not None and plain
+
+
+def check_noise_level(model: LatentUpscaleDiffusion, request: Request) -> None:
+    """Raise RequestError for a noise level that the model was not trained at."""
+    check_range("noise_level", request.noise_level, 0, model.low_scale_model.max_noise_level)
 
 
 def concat_condition(model: LatentDiffusion, given: Given, count: int) -> Tensor:
@@ -260,8 +291,9 @@ BESIDE: dict[type[LatentDiffusion], Beside] = {
     LatentInpaintDiffusion: Beside(masked_latents, lambda request: request.mask is not None, REPAINTS),
     LatentDepth2ImageDiffusion: Beside(
         depth_of, lambda request: request.init_img is not None and request.mask is None, KEEPS_DEPTH),
+    LatentUpscaleDiffusion: Beside(low_scale, enlarges, UPSCALES, check_noise_level),
     LatentEditDiffusion: Beside(
-        lambda model, given, size: {"c_concat": [encode(model, given.image)]},
+        lambda model, batch, given, size, draw: {"c_concat": [encode(model, given.image)]},
         lambda request: request.init_img is not None and request.image_scale is not None and request.mask is None,
         EDITS,
     ),

@@ -111,6 +111,14 @@ def fit(image: Image.Image, multiple: int = 64) -> Fitted:
     return Fitted(image.resize(size, Image.Resampling.LANCZOS), True)
 
 
+def fill_up(image: Image.Image, multiple: int) -> Image.Image:
+    """Repeat the last columns and rows of a picture until each side is a multiple."""
+    missing = [-side % multiple for side in image.size]
+    if not any(missing):
+        return image
+    return Image.fromarray(np.pad(np.asarray(image), ((0, missing[1]), (0, missing[0]), (0, 0)), mode="edge"))
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """The pixels of a picture as float32 (h, w, 3) in [-1, 1]."""
     return 2.0 * (np.asarray(image.convert("RGB")).astype(np.float32) / 255.0) - 1.0

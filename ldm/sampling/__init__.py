@@ -14,10 +14,11 @@ from ldm.sampling.denoiser import Denoiser, denoiser
 from ldm.sampling.guidance import Away, Guidance, Told, ask, guide
 from ldm.sampling.prediction import CLEAN, Level, Prediction, to_prediction
 from ldm.sampling.schedule import Schedule, make_beta_schedule
+from ldm.sampling.tiles import tiled
 
 __all__ = [
     "CLEAN", "SAMPLERS", "SPACINGS", "Away", "Denoiser", "Guidance", "Level", "Prediction", "Sampler", "Schedule",
-    "Tail", "Told", "ask", "denoiser", "guide", "levels", "make_beta_schedule", "tail", "to_prediction",
+    "Tail", "Told", "ask", "denoiser", "guide", "levels", "make_beta_schedule", "tail", "tiled", "to_prediction",
 ]
 
 SPACINGS = ("default", "karras", "exponential", "trailing")

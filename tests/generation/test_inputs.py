@@ -51,11 +51,11 @@ def test_tensors_are_in_the_range_that_models_are_trained_on(photo, mask):
 
 
 def test_what_is_not_repainted_is_put_back_from_the_picture(photo, mask):
-    kept = np.asarray(read(init_img=photo, mask=mask).keep_unmasked(Image.new("RGB", (32, 32), "red")))
+    kept = np.asarray(read(init_img=photo, mask=mask).restore(Image.new("RGB", (32, 32), "red")))
     assert (kept[:, :16] == (255, 0, 0)).all()
     assert np.array_equal(kept[:, 16:], np.asarray(Image.open(photo))[:, 16:])
     red = Image.new("RGB", (32, 32), "red")
-    assert read(init_img=photo).keep_unmasked(red) is red
+    assert read(init_img=photo).restore(red) is red
 
 
 def test_a_mask_of_another_size_than_its_picture_is_resized_with_a_notice(photo, tmp_path, caplog):

@@ -54,7 +54,7 @@ def test_masked_latents_are_the_mask_and_the_picture_with_a_grey_hole(pipeline):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
-    concat = stages.masked_latents(model, Given(image, mask), (8, 8))["c_concat"][0]
+    concat = stages.masked_latents(model, [], Given(image, mask), (8, 8), None)["c_concat"][0]
     assert concat.shape == (1, 5, 8, 8)
     assert concat[0, 0].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 8
     hole = image.clone()
@@ -66,7 +66,7 @@ def test_an_edit_is_told_its_picture_without_the_prompt_and_without_either_nothi
     model = pipeline("edit").model
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     request = Request("make it winter", "summer", init_img="a.png", scale=1.0, image_scale=1.5)
-    told = stages.condition(model, [request] * 2, Given(image), (8, 8), 5).roles
+    told = stages.condition(model, [request] * 2, Given(image), (8, 8), 5, None).roles
     picture, prompt, negative = model.encode_first_stage(image).mode(), *map(
         model.get_learned_conditioning, (["make it winter"], ["summer"]))
     for cond, concat, cross in ((told.cond, picture, prompt), (told.image, picture, negative),

@@ -1,0 +1,83 @@
+"""scripts/upscale.py, run as a user does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.image.io import read_image
+from ldm.image.metadata import read_record
+
+
+@pytest.fixture
+def upscale(script, models):
+    """Two steps on a tiny upscaler."""
+    return lambda *options, kind="x4": script(
+        "upscale", "--ckpt", models[kind], "--steps", 2, "--safety", "off", "--watermark", "off", "--skip_grid",
+        *options)  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A picture of 18x13 pixels, which no UNet halves evenly."""
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 18, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    return tmp_path / "small.png"
+
+
+def test_a_picture_of_any_size_becomes_four_times_as_large(upscale, small):
+    done = upscale("--init-img", small)
+    assert (done.code, done.out, done.err) == (0, ["outputs/upscale-samples/samples/00000.png"], [])
+    assert read_image(done.out[0]).size == (72, 52)
+
+
+@pytest.mark.parametrize("options", [
+    ["--prompt", "a cat"], ["--noise_level", 200], ["--tile", 16], ["--seed", 7],
+])  # fmt: skip
+def test_each_option_changes_the_picture(upscale, small, options):
+    one, two = upscale("--init-img", small), upscale("--init-img", small, *options)
+    assert not np.array_equal(read_image(one.out[0]), read_image(two.out[0]))
+
+
+@pytest.mark.parametrize("sampler", ["plms", "unipc", "dpmpp_2m_sde"])
+def test_rows_and_samplers_and_replays_are_as_in_the_other_scripts(upscale, small, sampler):
+    Path("rows.txt").write_text("a fox --noise_level 0\na hare --seed 7\n", encoding="utf-8")
+    first = upscale("--from-file", "rows.txt", "--init-img", small, "--sampler", sampler, "--memory", "lowest")
+    assert (first.code, len(first.out), first.err) == (0, 2, [])
+    again = upscale("--replay", first.out[1], "--outdir", "again")
+    assert Path(again.out[0]).read_bytes() == Path(first.out[1]).read_bytes()
+    assert read_record(first.out[0])["request"]["noise_level"] == 0
+
+
+def test_each_picture_has_a_seed_of_its_own_at_any_batch_size(upscale, small):
+    options = ("--init-img", small, "--seed_mode", "image")
+    together, alone = upscale(*options, "--n_samples", 2), upscale(*options, "--n_iter", 2)
+    for one, other in zip(together.out, alone.out, strict=True):
+        assert np.abs(np.asarray(read_image(one), int) - read_image(other)).max() <= 1
+
+
+@pytest.mark.parametrize(("options", "code", "said"), [
+    ([], 2, "--init-img FILE"),
+    (["--init-img", "none.png"], 2, "there is no picture at none.png"),
+    (["--init-img", "small.png", "--noise_level", "351"], 2, "noise_level must be from 0 to 350, got 351"),
+    (["--init-img", "small.png", "--tile", "3"], 2, "tile must be from 16"),
+    (["--init-img", "small.png", "--scale_factor", "3"], 2, "invalid choice: 3"),
+])  # fmt: skip
+def test_a_mistake_is_told_in_one_line(upscale, small, options, code, said):
+    done = upscale(*options)
+    assert done.code == code
+    assert said in done.said
+
+
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(upscale, small):
+    done = upscale("--init-img", small, kind="text")
+    assert done.code == 2
+    assert "scripts/txt2img.py" in done.said
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img"])
+def test_another_script_names_this_one(script, models, small, name):
+    done = script(name, "--ckpt", models["x4"], *(["--init-img", small] if name == "img2img" else []))
+    assert done.code == 2
+    assert "use scripts/upscale.py with --init-img" in done.said

@@ -1,0 +1,82 @@
+"""The upscalers and diffusers' pipelines for them draw the same latents with the same weights, and how tiles differ."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import assert_matches
+from test_against_diffusers import COMPVIS, NEGATIVES, PROMPTS, Ours, Theirs, seeded
+from tiny import write_model
+
+from ldm.sampling import tiles
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
+]
+
+X4_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="module")
+def x4(tmp_path_factory):
+    checkpoint = write_model(tmp_path_factory.mktemp("x4"), "x4")
+    return Ours(checkpoint), Theirs(checkpoint)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A small picture as a file, and as a tensor (1, 3, h, w) in [0, 1]: a gradient under blocks of noise."""
+    noise = np.random.default_rng(3).integers(0, 128, (6, 10, 3)).repeat(4, 0).repeat(4, 1)
+    pixels = (noise + np.linspace(0, 127, 40)[:, None]).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png"), torch.tensor(pixels).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_the_x4_upscaler_draws_the_same_latents(x4, photo, sampler):
+    ours, theirs = x4
+    path, image = photo
+    scheduler = {
+        "ddim": diffusers.DDIMScheduler(**X4_BETAS, **COMPVIS, clip_sample=False, prediction_type="v_prediction"),
+        "euler": diffusers.EulerDiscreteScheduler(
+            **X4_BETAS, timestep_spacing="linspace", prediction_type="v_prediction"),
+    }[sampler]
+    drawn, pictures = ours.draw(sampler=sampler, steps=5, scale=9.0, init_img=path, upscale=4, noise_level=50)
+    pipeline = diffusers.StableDiffusionUpscalePipeline(
+        **vars(theirs), scheduler=scheduler, low_res_scheduler=diffusers.DDPMScheduler(**X4_BETAS))
+    pipeline.set_progress_bar_config(disable=True)
+    want = pipeline(PROMPTS, image.expand(2, -1, -1, -1), num_inference_steps=5, guidance_scale=9.0, noise_level=50,
+                    negative_prompt=NEGATIVES, generator=seeded(), output_type="latent").images  # fmt: skip
+    assert drawn.shape == (2, 4, 24, 40)
+    assert_matches(drawn, want, 1e-3)
+    assert [picture.size for picture in pictures] == [(160, 96)] * 2
+
+
+def seams(model, side: int) -> tuple[float, float]:
+    """How much a network's answer in tiles differs from that as a whole: at the tiles' edges, and elsewhere."""
+    step = 4
+    generator = torch.Generator().manual_seed(0)
+    x, beside = torch.randn(2, 4, 16, 96, generator=generator), torch.rand(2, 3, 16, 96, generator=generator) * 2 - 1
+    cond = {"c_concat": [beside], "c_crossattn": [model.get_learned_conditioning(PROMPTS)],
+            "c_adm": torch.tensor([20, 20])}  # fmt: skip
+    t = torch.tensor([500, 500])
+    difference = tiles.tiled(model.apply_model, side, step)(x, t, cond) - model.apply_model(x, t, cond)
+    begins = tiles.starts(96, side, step)
+    edges = {begin + i for begin in begins[1:] for i in (-1, 0)} | {begin + side + i for begin in begins[:-1]
+                                                                      for i in (-1, 0)}
+    at_edges = torch.tensor([column in edges for column in range(96)])
+    column = difference.abs().mean(dim=(0, 1, 2))
+    return float(column[at_edges].mean()), float(column[~at_edges].mean())
+
+
+@torch.no_grad()
+def test_tiles_differ_from_the_whole_no_more_at_their_seams_than_elsewhere(x4, monkeypatch):
+    # The answers are 0.77 on average. Measured: 0.041 at the seams and 0.041 elsewhere, of abutting tiles 0.124, 0.048.
+    model = x4[0].model
+    at_seams, elsewhere = seams(model, 32)
+    assert at_seams < 1.2 * elsewhere
+    assert elsewhere < 0.06
+    monkeypatch.setattr(tiles, "OVERLAP", 1000)
+    assert seams(model, 32)[0] > 2.5 * at_seams
