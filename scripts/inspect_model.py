@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a .ckpt or .safetensors file, or a folder")
     parser.add_argument("--no-hash", action="store_true", help="without the SHA-256, for which all of it is read")
     parser.add_argument("--check", action="store_true",
-                        help="also read every number, and hold the weights against the config's model")
+                        help="also read every number, and hold them against their checksums and the config's model")
     parser.add_argument("--config", metavar="YAML",
                         help="for --check (default: the one beside CKPT, else the shipped one of what CKPT is)")
     parser.add_argument("--json", action="store_true", help="one JSON object a checkpoint, a line each")
@@ -34,14 +34,14 @@ def parse(argv: list[str] | None = None):
 def tell(path: str, args):
     """The report on one checkpoint."""
     from ldm.checkpoint import open_checkpoint
-    from ldm.checkpoint.report import inspect, spoiled
+    from ldm.checkpoint.report import altered, inspect, spoiled
 
     checkpoint = open_checkpoint(find(path))
     report = inspect(checkpoint)
     if not args.no_hash:
         report.sha256 = checkpoint.sha256
     if args.check:
-        report.broken = [*spoiled(checkpoint), *misfits(checkpoint, args.config)]
+        report.broken = [*altered(checkpoint.path), *spoiled(checkpoint), *misfits(checkpoint, args.config)]
     return report
 
 

@@ -12,7 +12,7 @@ from support import manifest
 from tiny import write_model
 
 from ldm.checkpoint import open_checkpoint
-from ldm.checkpoint.report import Report, inspect, lines, spoiled
+from ldm.checkpoint.report import Report, altered, inspect, lines, spoiled
 from ldm.models.convert import convert
 
 SIZES = {
@@ -196,6 +196,27 @@ def test_numbers_that_are_not_finite_and_weights_of_zeros_are_found(tmp_path):
         "2 weights have numbers that are not finite: model.a.weight, model.c.weight",
         "1 weights are nothing but zeros: model.b.weight"]
     assert list(spoiled(open_checkpoint(write_model(tmp_path / "model")))) == []
+
+
+def test_a_byte_that_has_changed_since_the_file_was_written_is_found(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({f"model.{name}.weight": torch.full((1000,), index + 1.0) for index, name in enumerate("abc")}, path)
+    assert list(altered(path)) == []
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((4,), 2.0).numpy().tobytes()) + 401] ^= 1
+    path.write_bytes(content)
+    assert list(spoiled(open_checkpoint(path))) == []
+    assert list(altered(path)) == [
+        "1 of 3 records have changed since they were written (model/data/1): download it again"]
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model.a.weight": torch.ones(9), "model.b.weight": torch.ones(8)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(altered(path)) == []
+    safetensors.torch.save_file({"model.a.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert list(altered(tmp_path / "a.safetensors")) == []
+    assert list(altered(tmp_path)) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- the text

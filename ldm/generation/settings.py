@@ -6,6 +6,7 @@ file. Standard library only.
 
 import json
 import os
+import re
 import shlex
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -64,13 +65,15 @@ def adopt(parser: ArgumentParser, shared: Callable[[], Collection[str]]) -> dict
     """Make what is set outside the command line the defaults of a parser; gives where each `dest` is from.
 
     shared: gives the names that may be set for all scripts at once; those that this one does not have mean nothing to
-    it. Raises RequestError for any other name, with the nearest, and for a value that the option does not take.
+    it, nor do variables that another script has an option for. Raises RequestError for any other name, with the
+    nearest, and for a value that the option does not take.
     """
     options, sources = options_of(parser), {}
     for setting in (*from_file(FILE, Path(parser.prog).stem), *from_environment(os.environ)):
         action = options.get(setting.name)
         if action is None:
-            if setting.alone or setting.name not in shared():
+            exported = setting.source.startswith(PREFIX) and setting.name in of_scripts()
+            if not exported and (setting.alone or setting.name not in shared()):
                 raise RequestError(unknown(setting, {*options, *([] if setting.alone else shared())}))
             continue
         value = convert(action, setting)
@@ -81,6 +84,12 @@ def adopt(parser: ArgumentParser, shared: Callable[[], Collection[str]]) -> dict
         if action.const is None and action.help and "%(default)" not in action.help:
             action.help += " (default: %(default)s)"
     return sources
+
+
+def of_scripts() -> set[str]:
+    """The `spelling` of every option that a script declares by itself, read in its text."""
+    texts = (file.read_text(encoding="utf-8") for file in (REPOSITORY / "scripts").glob("*.py"))
+    return {spelling(name) for text in texts for name in re.findall(r'"(--[A-Za-z][\w-]+)"', text)}
 
 
 def from_file(path: Path, script: str) -> Iterator[Setting]:

@@ -150,6 +150,8 @@ def check_outdir(path: str | Path) -> Path:
             probe.write_bytes(bytes(4096))
         finally:
             probe.unlink(missing_ok=True)
+    except FileNotFoundError as error:  # in /proc, say, and on a drive that has gone
+        raise RequestError(f"nothing can be written to {path}: choose another folder with --outdir") from error
     except OSError as error:
         raise RequestError(_explain(path, error)) from error
     return path

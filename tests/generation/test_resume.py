@@ -7,10 +7,12 @@ from pathlib import Path
 
 import killing
 import pytest
+from PIL import Image
 
 from ldm.generation.batch import Run
 from ldm.generation.ledger import file_hash
 from ldm.generation.noise import NoiseSource
+from ldm.generation.rows import Row
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,24 @@ def test_a_row_whose_settings_have_changed_is_made_again_and_the_others_stay(dra
     assert summary.made == 2  # in each round
     assert {name for name in before if before[name] != after[name] and "grid" not in name} == {
         "samples/00003.png", "samples/00014.png"}
+
+
+def test_a_row_whose_picture_or_mask_has_changed_is_made_again(draw, opened, tmp_path):
+    def paint(name, colour):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+
+    pictures = [str(tmp_path / name) for name in ("a.png", "b.png", "mask.png")]
+    for path in pictures:
+        paint(path, "white")
+    mine, others, mask = pictures
+    start = replace(killing.SMALL, sampler="ddim", strength=0.5)
+    rows = [Row(replace(start, init_img=mine)), Row(replace(start, init_img=others)),
+            Row(replace(start, init_img=others, mask=mask))]
+    assert draw(rows, n_iter=1, skip_grid=True)[0].made == 3
+    for changed, made in ((mine, ["00000.png"]), (mask, ["00002.png"]), (others, ["00001.png", "00002.png"])):
+        paint(changed, "red")
+        _, written = draw(rows, n_iter=1, skip_grid=True, go_on=True)
+        assert sorted(path.name for path in written) == made
 
 
 def test_a_resume_with_nothing_to_go_on_with_is_a_new_run(draw, tmp_path, caplog):

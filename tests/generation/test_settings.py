@@ -141,6 +141,13 @@ def test_a_variable_that_no_option_has_names_the_nearest(capsys, monkeypatch):
     assert "LDM_NEGATIVE_PROMPT" in said
 
 
+def test_a_variable_that_is_for_another_script_is_left_to_it(monkeypatch):
+    for name in ("LDM_STRENGTH", "LDM_MASK", "LDM_VANILLA_SAMPLE", "LDM_CUSTOM_STEPS", "LDM_NO_HASH"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("LDM_SEED", "7")
+    assert parse().seed == 7
+
+
 def test_a_file_that_is_no_text_is_one_line(capsys):
     Path("ldm.toml").write_bytes(b"\xff\xfe")
     assert "not valid TOML" in refusal(capsys)

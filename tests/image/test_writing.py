@@ -312,6 +312,13 @@ def test_an_outdir_under_a_file_is_refused_before_the_run(tmp_path, path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a system with /proc")
+@pytest.mark.parametrize("path", ["/proc/pictures/mine", "/proc/self"])
+def test_an_outdir_where_nothing_can_be_made_is_told_as_that(path):
+    with pytest.raises(RequestError, match=f"nothing can be written to {path}: choose another folder with --outdir"):
+        check_outdir(path)
+
+
 def test_check_outdir_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
     assert check_outdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert check_outdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"

@@ -319,6 +319,11 @@ def test_an_output_folder_without_permission_is_wrong_usage(txt2img):
     check(txt2img("--outdir", "locked/out"), 2, "not allowed to write", "--outdir")
 
 
+def test_a_manifest_that_cannot_be_written_ends_the_run_before_a_picture_is(txt2img):
+    Path("outputs/manifest.jsonl").mkdir(parents=True)
+    check(txt2img("--outdir", "outputs"), 1, "outputs/manifest.jsonl: Is a directory")
+
+
 def test_a_file_in_the_way_of_the_samples_is_wrong_usage(txt2img):
     Path("out").mkdir()
     Path("out/samples").touch()

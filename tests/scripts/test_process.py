@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.image.io import read_image
+from ldm.image.metadata import read_record
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["txt2img", "img2img", "inpaint", "sample_diffusion", "check_watermark"]
@@ -110,6 +111,27 @@ def test_a_reader_that_goes_away_stops_no_picture(start, tmp_path):
     assert len(said.splitlines()) == 1
     assert "Broken pipe" in said
     assert whole_pictures(tmp_path / "out/samples") == [f"0000{k}.png" for k in range(4)]
+
+
+def test_two_runs_at_once_in_one_folder_write_all_their_pictures_and_each_goes_on_with_its_own(start, tmp_path):
+    def both(*options):
+        runs = [start("--ddim_steps", 1, "--n_iter", 6, "--seed", seed, *options, text=True, stdout=subprocess.PIPE,
+                      stderr=subprocess.PIPE) for seed in (1, 2)]
+        told = [run.communicate(timeout=120) for run in runs]
+        assert [(run.returncode, said) for run, (_, said) in zip(runs, told)] == [(0, ""), (0, "")]
+        return [out.split() for out, _ in told]
+
+    one, other = both()
+    names = whole_pictures(tmp_path / "out/samples")
+    assert sorted(Path(line).name for line in one + other) == names
+    assert len(names) == 12
+    seeds = [read_record(tmp_path / path)["request"]["seed"] for path in one + other]
+    assert seeds == [1] * 6 + [2] * 6
+    files = {name: (tmp_path / "out/samples" / name).read_bytes() for name in names}
+    for path in (one[2], other[4]):
+        (tmp_path / path).unlink()
+    assert both("--resume") == [[one[2]], [other[4]]]
+    assert {name: (tmp_path / "out/samples" / name).read_bytes() for name in names} == files
 
 
 def test_rows_are_drawn_while_the_pipe_that_they_come_from_is_open(start, tmp_path):
