@@ -57,7 +57,11 @@ def test_a_single_autoencoder_is_told_by_its_latent():
 
 
 def test_adapters_are_told_from_models():
-    assert identify({"lora_unet_down_blocks_0_proj_in.lora_down.weight": (4, 320)}).name == "LoRA"
+    for name in ("lora_unet_down_blocks_0_proj_in.lora_down.weight", "unet.down_blocks.0.to_q.lora_A.weight",
+                 "base_model.model.to_q.lora_B.weight", "down_blocks.0.processor.to_q_lora.down.weight"):
+        assert identify({name: (4, 320)}).advice() == "add it to a model with --lora FILE"
+    for embedding in ({"<cat>": (768,)}, {"emb_params": (2, 768)}, {"clip_l": (1, 768), "clip_g": (1, 1280)}):
+        assert identify(embedding).advice() == "add its word to a model with --embedding FILE"
     assert identify({"control_model.time_embed.0.weight": (1280, 320), **shapes("sd-v1")}).name == "ControlNet"
 
 

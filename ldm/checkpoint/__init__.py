@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoint.archive import MappedFile, read_archive
 from ldm.checkpoint.diffusers import INDEX, MappedFolder, read_folder
-from ldm.checkpoint.families import FAMILIES, UNKNOWN, Family, identify
+from ldm.checkpoint.families import EMBEDDING, FAMILIES, UNKNOWN, Family, identify
 from ldm.checkpoint.names import has_ema, rename, select_ema
 from ldm.checkpoint.unpickle import StandIn
 from ldm.errors import CheckpointError
@@ -142,6 +142,8 @@ def _map(path: str | Path) -> MappedFile:
 
 def _what(tree: Any) -> str:
     """What was found in place of a state dict."""
+    if isinstance(tree, dict) and "string_to_param" in tree:
+        return f"what a textual inversion has learned ({EMBEDDING})"
     if isinstance(tree, dict):
         keys = [repr(key)[:40] for key in list(tree)[:5]]
         return f"a mapping with {', '.join(keys) or 'nothing in it'}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from ldm.checkpoint.names import rename
 
@@ -16,11 +17,11 @@ TO_LATENT = "post_quant_conv.weight"  # (channels, channels, 1, 1)
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model. `tell` maps a weight's name (a prefix if it ends in *) to its shape; None is any shape or side.
+    """A kind of model. `tell` maps a weight's name (a pattern if it has a *) to its shape; None is any shape or side.
 
     config: the YAML that builds it, None where there is none yet. script: the command that it is for. note: what else
     is built from weights of the same names and shapes. eps: its YAML where `config` is for a network that predicts v
-    and this one turns out to predict the noise.
+    and this one turns out to predict the noise. instead: what to do with a file that is no model by itself.
     """
 
     name: str
@@ -29,9 +30,12 @@ class Family:
     tell: Mapping[str, Shape | None]
     note: str = ""
     eps: str | None = None
+    instead: str = ""
 
     def advice(self) -> str:
         """What to do with a file of this family, as a clause for an error message."""
+        if self.instead:
+            return self.instead
         if self.config is None:
             return "there is no config for it here"
         note, script = (f" ({self.note})" if self.note else ""), (f" with {self.script}" if self.script else "")
@@ -50,6 +54,10 @@ SD, LDM, FIRST_STAGES = "configs/stable-diffusion", "models/ldm", "models/first_
 TXT2IMG, INPAINT, SAMPLE = "scripts/txt2img.py", "scripts/inpaint.py", "scripts/sample_diffusion.py"
 EDIT = "scripts/edit.py"
 DEPTH, UPSCALE = "scripts/depth2img.py", "scripts/upscale.py"
+DEPTH = "scripts/depth2img.py"
+LORA = "add it to a model with --lora FILE"
+EMBEDDING = "add its word to a model with --embedding FILE"
+FOLDER = "name the folder that it is a part of, which has a model_index.json"
 
 # The first row that fits is the answer, so the particular stands before the general.
 FAMILIES = (
@@ -97,9 +105,13 @@ FAMILIES = (
     Family("kl-f8 autoencoder", f"{FIRST_STAGES}/kl-f8/config.yaml", None, {TO_LATENT: (4, 4, 1, 1)}),
     Family("kl-f16 autoencoder", f"{FIRST_STAGES}/kl-f16/config.yaml", None, {TO_LATENT: (16, 16, 1, 1)}),
     Family("kl-f32 autoencoder", f"{FIRST_STAGES}/kl-f32/config.yaml", None, {TO_LATENT: (64, 64, 1, 1)}),
-    Family("LoRA", None, None, {"lora_*": None}),
-    Family("diffusers UNet", None, None, {"down_blocks.0.resnets.0.conv1.weight": None}),
-    Family("diffusers autoencoder", None, None, {"encoder.down_blocks.0.resnets.0.conv1.weight": None}),
+    Family("LoRA", None, None, {"*lora[_.]*": None}, instead=LORA),
+    Family("textual inversion", None, None, {"emb_params": (None, None)}, instead=EMBEDDING),
+    Family("textual inversion", None, None, {"clip_g": (None, None), "clip_l": (None, None)}, instead=EMBEDDING),
+    Family("textual inversion", None, None, {"<*>": None}, instead=EMBEDDING),
+    Family("diffusers UNet", None, None, {"down_blocks.0.resnets.0.conv1.weight": None}, instead=FOLDER),
+    Family("diffusers autoencoder", None, None, {"encoder.down_blocks.0.resnets.0.conv1.weight": None},
+           instead=FOLDER),
     Family("bare CLIP text encoder", None, None, {"text_model.embeddings.token_embedding.weight": None}),
 )
 UNKNOWN = Family("unknown", None, None, {})
@@ -113,8 +125,8 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
 def _fits(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     for key, wanted in family.tell.items():
-        if key.endswith("*"):
-            if not any(name.startswith(key[:-1]) for name in shapes):
+        if "*" in key:
+            if not any(fnmatchcase(name, key) for name in shapes):
                 return False
         elif key not in shapes or (wanted is not None and not _same(tuple(shapes[key]), wanted)):
             return False

@@ -93,6 +93,8 @@ def shipped_config(checkpoint: Path) -> str:
     if is_folder(checkpoint):
         return str(checkpoint)
     family = open_checkpoint(checkpoint).family
+    if family.instead:
+        raise CheckpointError(f"{checkpoint} is no model by itself ({family.name}): {family.instead}")
     if not family.config:
         raise CheckpointError(f"{checkpoint} ({family.name}) does not tell its config: name its YAML with --config")
     config, told = family.config, ""

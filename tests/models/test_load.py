@@ -278,8 +278,9 @@ def family(inputs: int, context: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("state", "said"), [
     (family(4, 1024), "a Stable Diffusion 2 checkpoint: use configs/stable-diffusion/v2-inference-v.yaml"),
     (family(9, 768), "a Stable Diffusion 1.5 inpainting checkpoint: use configs/stable-diffusion/v1-inpainting-infer"),
-    (family(8, 768), "an InstructPix2Pix checkpoint: there is no config for it here"),
-    ({"lora_unet_mid.alpha": torch.zeros(1)}, "a LoRA checkpoint: there is no config"),
+    (family(8, 768), "an InstructPix2Pix checkpoint: use configs/stable-diffusion/instruct-pix2pix.yaml with "),
+    ({"lora_unet_mid.alpha": torch.zeros(1)}, "a LoRA checkpoint: add it to a model with --lora FILE"),
+    ({"control_model.out": torch.zeros(1)}, "a ControlNet checkpoint: there is no config for it here"),
 ])
 def test_a_checkpoint_of_another_family_says_which_and_what_it_is_for(state, said, tmp_path):
     assert said in misfit(ROOT / "configs/stable-diffusion/v1-inference.yaml", state, tmp_path / "model.ckpt")

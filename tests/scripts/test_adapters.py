@@ -134,3 +134,13 @@ def test_no_words_go_into_a_model_that_reads_none(script, models, embedding):
     outcome = script("sample_diffusion", "-r", models["unconditional"], "-n", 1, "-c", 2, "--embedding", embedding)
     assert outcome.code == 2
     assert "this model reads no text" in outcome.err[-1]
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["with a config", "without one"])
+def test_an_adapter_in_the_place_of_the_model_names_its_option(txt2img, models, lora, embedding, config):
+    named = ("--config", models["text"].with_name("config.yaml")) if config else ()
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 64)}}, "learned.pt")
+    for file, option in ((lora, "--lora"), (embedding, "--embedding"), ("learned.pt", "--embedding")):
+        done = txt2img("--ckpt", file, *named)
+        assert (done.code, f"{option} FILE" in done.said) == (3, True)
+        assert "name its YAML" not in done.said
