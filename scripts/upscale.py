@@ -12,7 +12,7 @@ import sys
 
 from ldm.generation import arguments
 from ldm.generation.command import draw, execute, replay, rows
-from ldm.generation.request import Request
+from ldm.generation.request import UPSCALER_NOISE, Request
 
 # By the factor: where the model is, and the classes of the models that do it.
 MODELS = {4: "models/ldm/stable-diffusion-x4-upscaler/model.ckpt"}
@@ -24,7 +24,7 @@ def add_request(parser: arguments.Parser) -> None:
     arguments.add_prompts(parser, "")
     group = parser.add_argument_group("what to enlarge")
     group.add_argument("--init-img", metavar="FILE", help="the small picture")
-    group.add_argument("--noise_level", type=int, default=Request.noise_level, metavar="N",
+    group.add_argument("--noise_level", type=int, default=UPSCALER_NOISE, metavar="N",
                        help="noise on the small picture, 0 to 350: with more, more of it may be flaws "
                        "(default: %(default)s)")
     group.add_argument("--tile", type=int, default=Request.tile, metavar="PIXELS",

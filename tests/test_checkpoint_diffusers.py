@@ -14,7 +14,17 @@ from support import GOLDENS, assert_matches, manifest
 from tiny import write_model
 
 from ldm.checkpoint import checkpoint_hash, open_checkpoint, read_checkpoint
-from ldm.checkpoint.diffusers import INDEX, REST, Joined, MappedFolder, open_clip_names, split, unet_names, vae_names
+from ldm.checkpoint.diffusers import (
+    INDEX,
+    REST,
+    Joined,
+    MappedFolder,
+    add_text_leftovers,
+    open_clip_names,
+    split,
+    unet_names,
+    vae_names,
+)
 from ldm.checkpoint.folder_config import from_yaml, to_yaml
 from ldm.checkpoint.names import rename
 from ldm.config import load_config
@@ -492,3 +502,20 @@ def test_a_folder_that_is_none_of_theirs_is_told(tmp_path):
     assert (GOLDENS / "tiny-clip").is_dir()
     with pytest.raises(CheckpointError, match="layout of diffusers"):
         open_checkpoint(GOLDENS / "tiny-clip")
+
+
+def test_a_picture_encoder_of_a_folder_has_what_is_left_of_its_text_tower():
+    stage = "cond_stage_model.model."
+    shapes = {name: shape for name, (shape, _) in manifest("sd-image-variations").items() if name.startswith(stage)}
+    pieces = {f"{stage}visual.proj": {0: torch.empty(768, 1024)}}
+    add_text_leftovers(pieces, stage)
+    assert {name: tuple(own[0].shape) for name, own in pieces.items() if "visual" not in name} == {
+        name: shape for name, shape in shapes.items() if "visual" not in name}
+
+
+@pytest.mark.parametrize("kind", ["variation", "unclip"])
+def test_models_that_see_pictures_are_not_written_as_folders(kind, tmp_path):
+    checkpoint = write_model(tmp_path, kind)
+    with pytest.raises(ConfigError, match="place in th"):
+        convert(checkpoint, tmp_path / "folder", config=tmp_path / "config.yaml")
+    assert not (tmp_path / "folder").exists()

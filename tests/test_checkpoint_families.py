@@ -50,6 +50,13 @@ def test_an_autoencoder_that_also_draws_depth_makes_it_ldm3d(channels, name):
     assert family.script == "scripts/txt2img.py"
 
 
+@pytest.mark.parametrize(("width", "letter"), [(2048, "h"), (1536, "l")])
+def test_stable_unclip_is_told_by_the_width_of_what_it_sees(width, letter):
+    family = identify(shapes("sd-v2-v") | {"model.diffusion_model.label_emb.0.0.weight": (1280, width)})
+    assert family.config == f"configs/stable-diffusion/v2-1-stable-unclip-{letter}-inference.yaml"
+    assert family.script == "scripts/variation.py"
+
+
 def test_a_single_autoencoder_is_told_by_its_latent():
     stage = "first_stage_model."
     alone = {key.removeprefix(stage): shape for key, shape in shapes("sd-v1").items() if key.startswith(stage)}

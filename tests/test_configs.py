@@ -20,10 +20,12 @@ CONFIGS = [
     "latent-diffusion/cin256-v2", "latent-diffusion/ffhq-ldm-vq-4", "latent-diffusion/lsun_bedrooms-ldm-vq-4",
     "latent-diffusion/lsun_churches-ldm-kl-8", "latent-diffusion/txt2img-1p4B-eval",
     "retrieval-augmented-diffusion/768x768", "stable-diffusion/ldm3d", "stable-diffusion/ldm3d-4c",
-    "stable-diffusion/v1-inference",
+    "stable-diffusion/sd-image-variations", "stable-diffusion/v1-inference",
     "stable-diffusion/v1-inpainting-inference", "stable-diffusion/v2-inference", "stable-diffusion/v2-inference-v",
     "stable-diffusion/v2-inpainting-inference", "stable-diffusion/v2-midas-inference",
     "stable-diffusion/x4-upscaling",
+    "stable-diffusion/v2-1-stable-unclip-h-inference",
+    "stable-diffusion/v2-1-stable-unclip-l-inference",
 ]  # fmt: skip
 FIRST_STAGES = ["kl-f4", "kl-f8", "kl-f16", "kl-f32", "vq-f4", "vq-f4-noattn", "vq-f8", "vq-f8-n256", "vq-f16"]
 MODELS = [
@@ -47,6 +49,7 @@ LAYOUTS = {
     "configs/stable-diffusion/v2-inpainting-inference.yaml": "sd-v2-inpainting",
     "configs/stable-diffusion/v2-midas-inference.yaml": "sd-v2-depth",
     "configs/stable-diffusion/x4-upscaling.yaml": "sd-x4-upscaler",
+    "configs/stable-diffusion/sd-image-variations.yaml": "sd-image-variations",
     "configs/latent-diffusion/txt2img-1p4B-eval.yaml": "ldm-txt2img-1p4B",
 }
 

@@ -35,6 +35,14 @@ DEPTH_STAGE = {
     "target": "ldm.modules.midas.api.MiDaSInference",
     "params": {"model_type": "dpt_hybrid", **SIZES},
 }
+TOWER = {
+    "target": "ldm.modules.encoders.modules.ClipImageEmbedder",
+    "params": {"model": str(Path(__file__).parent / "tiny-vision")},
+}
+AUGMENTATION = {
+    "target": "ldm.modules.encoders.modules.CLIPEmbeddingNoiseAugmentation",
+    "params": {"timestep_dim": 64, "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}},
+}
 
 LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
@@ -69,6 +77,13 @@ KINDS = {
     "rgbd": ("tiny", {
         "cond_stage_config": TEXT_ENCODER,
         **{f"first_stage_config.params.ddconfig.{name}": 6 for name in ("in_channels", "out_ch")},
+    }),
+    "variation": ("tiny", {"cond_stage_config": TOWER, "cond_stage_key": "image"}),
+    "unclip": ("tiny-v2", {
+        "target": "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion",
+        "cond_stage_config": TEXT_ENCODER, "conditioning_key": "crossattn-adm", "embedder_config": TOWER,
+        "noise_aug_config": AUGMENTATION, "unet_config.params.num_classes": "sequential",
+        "unet_config.params.adm_in_channels": 128,
     }),
     "classes": ("tiny", {"cond_stage_config": CLASSES, "cond_stage_key": "class_label"}),
 }  # fmt: skip

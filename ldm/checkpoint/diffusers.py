@@ -28,12 +28,16 @@ REST = "ldm_rest.safetensors"  # beside the index: what has no place in their la
 # Which subfolder holds which part of our state dict; the first row whose subfolders are all there is the layout.
 NETWORKS = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 LAYOUTS = (
+    {**NETWORKS, "text_encoder": "cond_stage_model.", "image_encoder": "embedder.",
+     "image_normalizer": "noise_augmentor."},
     {**NETWORKS, "text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
     {**NETWORKS, "text_encoder_2": "conditioner.embedders.0."},
+    {**NETWORKS, "image_encoder": "cond_stage_model."},
     {**NETWORKS, "text_encoder": "cond_stage_model."},
 )
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-           "text_encoder_2": "CLIPTextModelWithProjection"}
+           "text_encoder_2": "CLIPTextModelWithProjection", "image_encoder": "CLIPVisionModelWithProjection",
+           "image_normalizer": "StableUnCLIPImageNormalizer"}
 
 # The blocks of an OpenCLIP text tower by its width; their folders leave out the last, which Stable Diffusion 2 skips.
 OPEN_CLIP_BLOCKS = {1024: 24, 1280: 32}
@@ -52,6 +56,7 @@ RESNET = [("in_layers.0.", "norm1."), ("in_layers.2.", "conv1."), ("emb_layers.1
           ("out_layers.0.", "norm2."), ("out_layers.3.", "conv2."), ("skip_connection.", "conv_shortcut.")]
 UNET = [("time_embed.0.", "time_embedding.linear_1."), ("time_embed.2.", "time_embedding.linear_2."),
         ("label_emb.0.0.", "add_embedding.linear_1."), ("label_emb.0.2.", "add_embedding.linear_2."),
+        ("label_emb.0.0.", "class_embedding.linear_1."), ("label_emb.0.2.", "class_embedding.linear_2."),
         ("label_emb.weight", "class_embedding.weight"), ("input_blocks.0.0.", "conv_in."),
         ("middle_block.1.", "mid_block.attentions.0."), ("out.0.", "conv_norm_out."), ("out.2.", "conv_out.")]
 
@@ -71,6 +76,13 @@ OPEN_CLIP_BLOCK = [("ln_1.", "layer_norm1."), ("ln_2.", "layer_norm2."), ("mlp.c
                    ("mlp.c_proj.", "mlp.fc2."), ("attn.out_proj.", "self_attn.out_proj.")]
 OPEN_CLIP_BLOCK += [(f"attn.in_proj_{kind}/{index}", f"self_attn.{letter}_proj.{kind}")
                     for kind in ("weight", "bias") for index, letter in enumerate("qkv")]
+
+PICTURE = [("class_embedding", "embeddings.class_embedding"), ("conv1.", "embeddings.patch_embedding."),
+           ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_pre.", "pre_layrnorm."),
+           ("ln_post.", "post_layernorm.")]
+
+# The width of the text tower that belongs to a picture tower, by the width of that.
+TEXT_WIDTHS = {1024: 768, 1280: 1024}
 
 # Newer versions of transformers leave this level out.
 TEXT_LEVEL = [(part, f"text_model.{part}") for part in ("embeddings.", "encoder.", "final_layer_norm.")]
@@ -140,7 +152,20 @@ def open_clip_names(keys: Collection[str], skip: int = 0) -> Names:
     return names
 
 
-NAMES: dict[str, Callable[[Collection[str]], Names]] = {"unet": unet_names, "vae": vae_names}
+def picture_names(keys: Collection[str]) -> Names:
+    """The names of the weights of CLIP's picture tower."""
+    blocks = found(keys, r"(?:model\.visual\.transformer\.resblocks|vision_model\.encoder\.layers)\.(\d+)\.")
+    names = [*under(PICTURE, "model.visual.", "vision_model."), ("model.visual.proj", "visual_projection.weight")]
+    for block in sorted(blocks):
+        names += under(OPEN_CLIP_BLOCK, f"model.visual.transformer.resblocks.{block}.",
+                       f"vision_model.encoder.layers.{block}.")
+    return names
+
+
+NAMES: dict[str, Callable[[Collection[str]], Names]] = {
+    "unet": unet_names, "vae": vae_names, "image_encoder": picture_names,
+    "image_normalizer": lambda keys: [("data_mean", "mean"), ("data_std", "std")],
+}
 
 
 def found(keys: Collection[str], pattern: str) -> set[int]:
@@ -162,7 +187,7 @@ def under(names: Names, ours: str, theirs: str) -> Names:
 POINTWISE = re.compile(r"first_stage_model\.\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")  # 1x1 convolutions with us
 FUSED = re.compile(r".*\.attn\.(?:in_proj_|qkv\.)(?:weight|bias)")
 PIECE = re.compile(FUSED.pattern + "/[0-2]")
-TURNED = re.compile(r".*\.model\.text_projection")
+TURNED = re.compile(r".*\.model\.(text_projection|visual\.proj)")
 
 
 def join(name: str, pieces: Sequence[Tensor]) -> Tensor:
@@ -250,6 +275,8 @@ def read_folder(path: Path) -> Joined:
             pieces.setdefault(prefix + whole, {})[index] = weight
         if part.startswith("text") and names is not CLIP:
             add_unused(pieces, f"{prefix}model.")
+        if part == "image_encoder":
+            add_text_leftovers(pieces, f"{prefix}model.")
     whole = {name: [own[index] for index in sorted(own)] for name, own in pieces.items()}
     if (path / REST).is_file():
         whole |= {name: split(name, weight) for name, weight in folder.open(path / REST).items()}
@@ -318,6 +345,18 @@ def add_unused(pieces: dict[str, dict[int, Tensor]], prefix: str) -> None:
             shapes[last + name.removeprefix(first)] = torch.cat([piece.to("meta") for piece in own.values()]).shape
     for name, shape in shapes.items():
         pieces.setdefault(name, {0: torch.zeros((), dtype=words.dtype).expand(shape)})
+
+
+def add_text_leftovers(pieces: dict[str, dict[int, Tensor]], prefix: str) -> None:
+    """Zeros, which take no memory, for what is left of the text tower in picture encoders that are known by name."""
+    projection = pieces[f"{prefix}visual.proj"][0]
+    embed, width = projection.shape
+    if text := TEXT_WIDTHS.get(width):
+        shapes = {"token_embedding.weight": (49408, text), "positional_embedding": (77, text),
+                  "ln_final.weight": (text,), "ln_final.bias": (text,), "text_projection": (text, embed),
+                  "logit_scale": ()}
+        for name, shape in shapes.items():
+            pieces[prefix + name] = {0: torch.zeros((), dtype=projection.dtype).expand(shape)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

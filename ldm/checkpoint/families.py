@@ -54,7 +54,7 @@ SD, LDM, FIRST_STAGES = "configs/stable-diffusion", "models/ldm", "models/first_
 TXT2IMG, INPAINT, SAMPLE = "scripts/txt2img.py", "scripts/inpaint.py", "scripts/sample_diffusion.py"
 EDIT = "scripts/edit.py"
 DEPTH, UPSCALE = "scripts/depth2img.py", "scripts/upscale.py"
-DEPTH = "scripts/depth2img.py"
+VARIATION = "scripts/variation.py"
 LORA = "add it to a model with --lora FILE"
 EMBEDDING = "add its word to a model with --embedding FILE"
 FOLDER = "name the folder that it is a part of, which has a model_index.json"
@@ -68,10 +68,13 @@ FAMILIES = (
            unet(256, 7, model__diffusion_model__label_emb__weight=None)),
     Family("Stable Diffusion 2 depth-to-image", f"{SD}/v2-midas-inference.yaml", DEPTH, unet(320, 5, 1024)),
     Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024)),
-    Family("Stable unCLIP", None, None, unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=None)),
+    Family("Stable unCLIP 2.1 (ViT-H)", f"{SD}/v2-1-stable-unclip-h-inference.yaml", VARIATION,
+           unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=(1280, 2048))),
+    Family("Stable unCLIP 2.1 (ViT-L)", f"{SD}/v2-1-stable-unclip-l-inference.yaml", VARIATION,
+           unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=(1280, 1536))),
     Family("Stable Diffusion 2", f"{SD}/v2-inference-v.yaml", TXT2IMG, unet(320, 4, 1024),
            "v2-inference.yaml for the base models", eps=f"{SD}/v2-inference.yaml"),
-    Family("Stable Diffusion image variations", None, None,
+    Family("Stable Diffusion image variations", f"{SD}/sd-image-variations.yaml", VARIATION,
            unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
     Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),
     Family("InstructPix2Pix", f"{SD}/instruct-pix2pix.yaml", EDIT, unet(320, 8, 768)),

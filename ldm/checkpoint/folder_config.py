@@ -21,6 +21,9 @@ KINDS = {
 }
 UNET, VAE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
 CLIP, OPEN_CLIP = (f"ldm.modules.encoders.modules.{name}" for name in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"))
+PICTURE_CLIP, PICTURE_UNCLIP, PICTURE_OPEN_CLIP, AUGMENTATION = (f"ldm.modules.encoders.modules.{name}" for name in (
+    "FrozenCLIPImageEmbedder", "ClipImageEmbedder", "FrozenOpenCLIPImageEmbedder", "CLIPEmbeddingNoiseAugmentation"))
+UNCLIP = "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion"
 TRANSFORMER_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
@@ -32,7 +35,7 @@ def is_folder(path: str | Path) -> bool:
 
 def to_yaml(folder: Path) -> dict[str, Any]:
     """The config that the JSON files of a folder amount to. Raises ConfigError where there is no such model here."""
-    parts = {name: read_json(folder / name / "config.json") for name in ("unet", "vae", "text_encoder")}
+    parts = {name: read_json(folder / name / "config.json") for name in ("unet", "vae")}
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         return {"model": model_params(folder, schedule, **parts)}
@@ -41,7 +44,7 @@ def to_yaml(folder: Path) -> dict[str, Any]:
                           f"({type(error).__name__}: {error}): name its YAML with --config") from error
 
 
-def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping, text_encoder: Mapping) -> dict[str, Any]:
+def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping) -> dict[str, Any]:
     beside = unet["in_channels"] - vae["latent_channels"]
     if beside not in KINDS or schedule.get("trained_betas") or schedule.get("rescale_betas_zero_snr"):
         raise ConfigError(f"{folder} is of no kind that is known here (its UNet reads {unet['in_channels']} channels, "
@@ -56,9 +59,46 @@ def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping, t
         "conditioning_key": conditioning, "scale_factor": vae.get("scaling_factor", 0.18215), "use_ema": False,
         "unet_config": {"target": UNET, "params": unet_params(unet)},
         "first_stage_config": {"target": VAE, "params": stage_params(vae)},
-        "cond_stage_config": text_stage(folder, text_encoder),
+        "cond_stage_config": cond_stage(folder),
     }  # fmt: skip
+    if (folder / "image_normalizer").is_dir():
+        target, params = UNCLIP, params | unclip_params(folder, unet)
     return {"target": target, "params": params}
+
+
+def cond_stage(folder: Path) -> dict[str, Any]:
+    """What encodes the condition: texts, or pictures where there is no text encoder."""
+    if (folder / "text_encoder").is_dir() or not (folder / "image_encoder").is_dir():
+        return text_stage(folder, read_json(folder / "text_encoder" / "config.json"))
+    return picture_stage(folder, PICTURE_CLIP)
+
+
+def unclip_params(folder: Path, unet: Mapping) -> dict[str, Any]:
+    """Of Stable unCLIP, whose UNet is also told what a picture shows and how much noise was added to that."""
+    schedule = read_json(folder / "image_noising_scheduler" / "scheduler_config.json")
+    dim = read_json(folder / "image_normalizer" / "config.json")["embedding_dim"]
+    levels = {"timesteps": schedule.get("num_train_timesteps", 1000),
+              "beta_schedule": ours(BETAS, schedule["beta_schedule"]),
+              "linear_start": schedule.get("beta_start", 1e-4), "linear_end": schedule.get("beta_end", 2e-2)}
+    network = {"num_classes": "sequential", "adm_in_channels": unet["projection_class_embeddings_input_dim"]}
+    return {
+        "conditioning_key": "crossattn-adm", "embedder_config": picture_stage(folder, PICTURE_UNCLIP),
+        "noise_aug_config": {"target": AUGMENTATION, "params": {
+            "timestep_dim": dim, "max_noise_level": levels["timesteps"], "noise_schedule_config": levels}},
+        "unet_config": {"target": UNET, "params": unet_params(unet) | network},
+    }  # fmt: skip
+
+
+def picture_stage(folder: Path, target: str) -> dict[str, Any]:
+    """The picture encoder: one that is known by name, else as the folder describes it, as a `target`."""
+    path = folder / "image_encoder"
+    theirs = read_json(path / "config.json")
+    match theirs["hidden_size"], theirs["num_hidden_layers"], theirs.get("hidden_act", "quick_gelu"):
+        case 1024, 24, "quick_gelu":
+            return {"target": target, "params": {"model": "ViT-L/14"}}
+        case 1280, 32, "gelu":
+            return {"target": PICTURE_OPEN_CLIP}
+    return {"target": target, "params": {"model": str(path)}}
 
 
 def unet_params(theirs: Mapping) -> dict[str, Any]:
@@ -128,7 +168,8 @@ def from_yaml(section: Mapping, text: Mapping[str, Tensor]) -> dict[str, dict[st
         params = section["params"]
         unet, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]
         beside = unet["in_channels"] - stage["ddconfig"]["z_channels"]
-        if beside not in KINDS or not unet.get("use_spatial_transformer") or stage["ddconfig"].get("attn_resolutions"):
+        other = unet.get("num_classes") or stage["ddconfig"].get("attn_resolutions")
+        if beside not in KINDS or not unet.get("use_spatial_transformer") or other:
             raise ConfigError("only Stable Diffusion 1 and 2, their inpainting models and InstructPix2Pix have a "
                               "place in that layout")
         return {

@@ -22,11 +22,15 @@ COMPUTED = re.compile(
     r"|lvlb_weights|logvar|cond_ids|sigmas|position_ids|attn_mask)"
 )
 
+# Numbers that a config may take from a file of their own, so that a checkpoint need not have them.
+OPTIONAL = re.compile(r"noise_augmentor\.data_(mean|std)")
+
 # What training leaves in a file beside the weights that inference uses.
 TRAINING_ONLY = re.compile(
     r"model_ema\..*"  # the averaged copy, when it is not asked for
     r"|(first_stage_model\.|cond_stage_model\.)?loss\..*"  # the autoencoder's discriminator and LPIPS
     r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"  # CLIP's head, used by no v1 model
+    r"|embedder\.model\.transformer\..*"  # CLIP's text blocks, which pictures do not pass
     r"|embedding_manager\..*"  # textual inversion and DreamBooth
     r"|safety_checker\..*"
 )

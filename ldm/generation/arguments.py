@@ -229,12 +229,14 @@ def add_output(
     group.add_argument(*verbose, action="store_const", dest="verbosity", const=1, help="more of what is done")
 
 
-def add_picture(parser: Parser, strength: float):
-    """Gives the group, for a script that has more to add to it."""
+def add_picture(parser: Parser, strength: float | None):
+    """Gives the group, for a script that has more to add to it; without a strength there is no option for it."""
     group = parser.add_argument_group("what to start from")
     group.add_argument("--init-img", metavar="FILE", help="the picture to start from")
-    group.add_argument("--strength", type=float, default=strength, metavar="X",
-                       help="how much of the picture is noised away: 0 keeps it, 1 forgets it (default: %(default)s)")
+    if strength is not None:
+        group.add_argument(
+            "--strength", type=float, default=strength, metavar="X",
+            help="how much of the picture is noised away: 0 keeps it, 1 forgets it (default: %(default)s)")
     return group
 
 

@@ -120,7 +120,8 @@ def in_the_yaml(args: Namespace) -> tuple[dict[str, int], str]:
         return {}, ""
     sizes = geometry(model_section(load_config(path), path))
     latents = {"channels": sizes.channels, "factor": sizes.factor}
-    drawn = {} if getattr(args, "init_img", None) else {"height": sizes.side, "width": sizes.side}
+    drawn_over = getattr(args, "init_img", None) and not getattr(args, "varies", False)
+    drawn = {} if drawn_over else {"height": sizes.side, "width": sizes.side}
     return latents | drawn, str(path)
 
 

@@ -34,8 +34,9 @@ class Given(NamedTuple):
 class Inputs:
     """The picture to start from and the mask of what is repainted (white), of the size in pixels that is drawn.
 
-    depth: a map (*, *) of its depth, of any size. For a model that enlarges pictures, `image` is the small one, filled
-    up at its right and lower edges, and `cut` the size that is left of what is drawn.
+    depth: a map (*, *) of its depth, of any size. A picture that is told as a whole is of its own size, too. For a
+    model that enlarges pictures, `image` is the small one, filled up at its right and lower edges, and `cut` the size
+    that is left of what is drawn.
     """
 
     width: int
@@ -70,6 +71,8 @@ def read_inputs(request: Request, geometry: Geometry) -> Inputs:
     """Read what a request starts from, at the size that is drawn. Raises ImageError, RequestError."""
     if request.init_img is None:
         return Inputs(*geometry.size(request))
+    if request.varies:
+        return Inputs(*geometry.size(request), _read_whole(request.init_img, fingerprint(request.init_img)))
     if geometry.image_channels != 3:
         raise RequestError("this model draws a picture and its depth, from a prompt alone: use scripts/txt2img.py")
     paths = request.init_img, request.mask, request.depth_img
@@ -84,6 +87,12 @@ def fingerprint(path: str) -> tuple | None:
     except OSError:
         return None
     return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _read_whole(path: str, file: tuple | None) -> Image.Image:
+    """As it is, once for as long as `file` tells that it is the same."""
+    return read_image(path)
 
 
 @lru_cache(maxsize=4)

@@ -18,6 +18,7 @@ LONG_PROMPTS = ("cut", "chunk")
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MIN_TILE, MAX_TILE = 16, 2**16
+UPSCALER_NOISE = 20  # the usual noise_level of an upscaler
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Request:
     width, height: pixels, or None for the model's native size. strength: how much of `init_img` is noised away, 0 to 1.
     image_scale: of a picture that is edited as the prompt says, how closely it is followed; None where none is.
     depth_img: the depth of `init_img`, brighter where it is nearer, in place of what the model sees itself.
-    upscale: how many times larger than `init_img` the picture is drawn, by a model that does that. noise_level: how
-    much of the small picture such a model may take for noise, in steps of its schedule. tile: a small picture with a
-    longer side is drawn in overlapping tiles of this side; 0 is never.
+    upscale: how many times larger than `init_img` the picture is drawn, by a model that does that. tile: a small
+    picture with a longer side is drawn in overlapping tiles of this side; 0 is never.
+    varies: `init_img` is not drawn over but told as a whole, at any size. noise_level: of the noise in which a small
+    picture, or what is seen in one that is varied, is told, in steps of its schedule; None is the model's usual one.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
     safe: how far to keep from `safe_concept`, as `ldm.generation.safe` reads it; None is not at all.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
@@ -60,9 +62,10 @@ class Request:
     mask: str | None = None
     depth_img: str | None = None
     upscale: int | None = None
-    noise_level: int = 20
+    noise_level: int | None = None
     tile: int = 256
     strength: float = 1.0
+    varies: bool = False
     class_label: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +82,8 @@ class Request:
         check_range("ddim_eta", self.eta, 0.0, 1.0)
         check_range("strength", self.strength, 0.0, 1.0)
         check_choice("scale_factor", self.upscale, (None, 2, 4))
-        check_range("noise_level", self.noise_level, 0, MAX_STEPS - 1)
+        if self.noise_level is not None:
+            check_range("noise_level", self.noise_level, 0, MAX_STEPS - 1)
         if self.tile:
             check_range("tile", self.tile, MIN_TILE, MAX_TILE)
         check_range("seed", self.seed, 0, MAX_SEED)
@@ -95,6 +99,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RequestError(f"{name} must be positive, got {value}; the model's native size needs no option")
+        if self.varies and (self.mask or self.strength != 1.0):
+            raise RequestError("a picture that is varied is not drawn over: leave --mask and --strength out")
         if self.mask and not self.init_img:
             raise RequestError("a mask needs the picture that it belongs to: give --init-img too")
         if self.depth_img and not self.init_img:

@@ -14,20 +14,23 @@ from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation.inputs import Given
 from ldm.generation.noise import Noise
-from ldm.generation.request import Request, check_range
+from ldm.generation.request import UPSCALER_NOISE, Request, check_range
 from ldm.generation.words import Known, Words, script
 from ldm.models.diffusion.ddpm import (
+    ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion,
     LatentDiffusion,
     LatentEditDiffusion,
     LatentInpaintDiffusion,
     LatentUpscaleDiffusion,
 )
+from ldm.modules.encoders.image import ImageEncoder
 from ldm.modules.midas.api import fit_depth
 
 logger = logging.getLogger(__name__)
 
 REPAINTS = "this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask"
+VARIES = "this model draws variations of a picture: use scripts/variation.py with --init-img"
 EDITS = "this model edits a whole picture as the prompt says: use scripts/edit.py with --init-img"
 UPSCALES = "this model enlarges a picture: use scripts/upscale.py with --init-img"
 KEEPS_DEPTH = "this model keeps the depth of a picture: use scripts/depth2img.py with --init-img"
@@ -60,13 +63,15 @@ class Beside:
 
     tell: (model, batch, what is given, the size (h, w) of the latents, noise) -> what DiffusionWrapper takes beside
     c_crossattn; fits: whether a request has what that needs; advice: what to say where it has not; check: raises
-    RequestError for what this very model does not take.
+    RequestError for what this very model does not take; without: what is told in place of that where guidance leads
+    away from it.
     """
 
     tell: Callable[[LatentDiffusion, Sequence[Request], Given, tuple[int, int], Noise], dict]
     fits: Callable[[Request], bool]
     advice: str
     check: Callable[[LatentDiffusion, Request], None] = lambda model, request: None
+    without: Callable[[dict], dict] = lambda told: told
 
 
 def beside_prompt(model: LatentDiffusion) -> Beside | None:
@@ -80,9 +85,10 @@ def check(model: LatentDiffusion, request: Request) -> None:
     classes = getattr(encoder, "n_classes", 0)
     if key == "concat" and request.mask is None:
         raise RequestError(REPAINTS)
-    if key in ("hybrid", "hybrid-adm"):
-        if not (beside := beside_prompt(model)):
-            raise RequestError(f"it is not known here what {type(model).__name__} takes beside a prompt")
+    beside = beside_prompt(model)
+    if key == "hybrid" and beside is None:
+        raise RequestError(f"it is not known here what {type(model).__name__} takes beside a prompt")
+    if beside:
         if not beside.fits(request):
             raise RequestError(beside.advice)
         beside.check(model, request)
@@ -92,20 +98,39 @@ def check(model: LatentDiffusion, request: Request) -> None:
     if request.depth_img and not isinstance(model, LatentDepth2ImageDiffusion):
         raise RequestError("this model does not look at depth: leave --depth-img out, or name a depth-to-image "
                            "checkpoint with --ckpt")
+    check_picture(model, request)
     if classes and request.class_label is None:
         raise RequestError(f"this model draws classes 0 to {classes - 1}: use scripts/sample_diffusion.py --classes N")
     if classes and not 0 <= request.class_label < classes:
         raise RequestError(f"this model draws classes 0 to {classes - 1}, got {request.class_label}")
     if not classes and request.class_label is not None:
         raise RequestError("this model has no classes: leave --classes out")
-    if encoder is None or classes or key == "concat":
-        if request.prompt:
-            hint = "leave --prompt out" if key == "concat" else "use scripts/sample_diffusion.py"
+    if encoder is None or classes or key == "concat" or isinstance(encoder, ImageEncoder):
+        if request.prompt or request.negative_prompt:
+            option = "--prompt" if request.prompt else "--negative_prompt"
+            drawn_from = key == "concat" or request.varies
+            hint = f"leave {option} out" if drawn_from else "use scripts/sample_diffusion.py"
             raise RequestError(f"this model takes no prompt: {hint}")
         if request.safe:
             raise RequestError("this model takes no prompt, and so no concept to keep away from: leave --safe out")
     elif request.long_prompt == "chunk" and not hasattr(encoder, "encode_long"):
         raise RequestError(f"{type(encoder).__name__} cannot encode a prompt in chunks: use --long_prompt cut")
+
+
+def check_picture(model: LatentDiffusion, request: Request) -> None:
+    """Raise RequestError where a model that is told a picture as a whole gets none, or another model gets one."""
+    if isinstance(model.cond_stage_model, ImageEncoder):
+        if not varied(request):
+            raise RequestError(VARIES)
+        if request.noise_level is not None:
+            raise RequestError("this model adds no noise to what it sees in a picture: leave --noise_level out")
+    elif request.varies and not isinstance(model, ImageEmbeddingConditionedLatentDiffusion):
+        raise RequestError("this model is not told what a picture shows: use scripts/img2img.py, or name a checkpoint "
+                           "of image variations or Stable unCLIP with --ckpt")
+
+
+def varied(request: Request) -> bool:
+    return request.varies and request.init_img is not None
 
 
 def condition(
@@ -132,13 +157,16 @@ def condition(
         return Condition(None, None)
     if hasattr(model.cond_stage_model, "n_classes"):
         return class_condition(model, batch)
+    if isinstance(model.cond_stage_model, ImageEncoder):
+        seen = model.get_learned_conditioning(given.image).expand(len(batch), -1, -1)
+        return Condition(seen, torch.zeros_like(seen) if batch[0].steers else None)
     words = text_condition(model, batch, steps, known)
-    if key not in ("hybrid", "hybrid-adm"):
+    if not (kind := beside_prompt(model)):
         return words
-    beside = beside_prompt(model).tell(model, batch, given, size, draw)
-    beside["c_concat"] = [one.expand(len(batch), -1, -1, -1) for one in beside["c_concat"]]
-    edits = batch[0].image_scale is not None
-    nothing = {**beside, "c_concat": [torch.zeros_like(one) for one in beside["c_concat"]]} if edits else beside
+    beside = kind.tell(model, batch, given, size, draw)
+    if "c_concat" in beside:
+        beside["c_concat"] = [one.expand(len(batch), -1, -1, -1) for one in beside["c_concat"]]
+    nothing, edits = kind.without(beside), batch[0].image_scale is not None
 
     def join(beside: dict, cross: Tensor | None) -> dict | None:
         return None if cross is None else {**beside, "c_crossattn": [cross]}
@@ -169,6 +197,21 @@ def text_condition(
     first, *later = (told(now) for now in texts.values())
     cut = tuple(max(map(words.cut, row), key=len) for row in islice(zip(*texts.values()), count))
     return replace(first, cut=cut, later=dict(zip(list(texts)[1:], later)))
+
+
+def picture_vector(
+    model: ImageEmbeddingConditionedLatentDiffusion,
+    batch: Sequence[Request],
+    given: Given,
+    size: tuple[int, int],
+    draw: Noise,
+) -> dict:
+    """What a picture shows, with noise of the level that is asked for, of each in the batch its own: (b, d)."""
+    seen = model.embedder(given.image).float().expand(len(batch), -1)
+    if model.noise_augmentor is None:
+        return {"c_adm": seen}
+    level = torch.full((len(batch),), batch[0].noise_level or 0, device=seen.device)
+    return {"c_adm": model.augment(seen, noise_level=level, noise=draw(seen))}
 
 
 def class_condition(model: LatentDiffusion, batch: Sequence[Request]) -> Condition:
@@ -210,7 +253,8 @@ def low_scale(
 ) -> dict:
     """The small picture (b, 3, h, w) with noise of a level, and that level (b,), which the network is told."""
     small = given.image.expand(len(batch), -1, -1, -1)
-    level = torch.full((len(batch),), batch[0].noise_level, device=small.device)
+    asked = UPSCALER_NOISE if batch[0].noise_level is None else batch[0].noise_level
+    level = torch.full((len(batch),), asked, device=small.device)
     return {"c_concat": [model.low_scale_model.q_sample(small, level, draw(small))], "c_adm": level}
 
 
@@ -222,7 +266,8 @@ def enlarges(request: Request) -> bool:
 
 def check_noise_level(model: LatentUpscaleDiffusion, request: Request) -> None:
     """Raise RequestError for a noise level that the model was not trained at."""
-    check_range("noise_level", request.noise_level, 0, model.low_scale_model.max_noise_level)
+    if request.noise_level is not None:
+        check_range("noise_level", request.noise_level, 0, model.low_scale_model.max_noise_level)
 
 
 def concat_condition(model: LatentDiffusion, given: Given, count: int) -> Tensor:
@@ -296,5 +341,8 @@ BESIDE: dict[type[LatentDiffusion], Beside] = {
         lambda model, batch, given, size, draw: {"c_concat": [encode(model, given.image)]},
         lambda request: request.init_img is not None and request.image_scale is not None and request.mask is None,
         EDITS,
+        without=lambda told: {"c_concat": [torch.zeros_like(one) for one in told["c_concat"]]},
     ),
+    ImageEmbeddingConditionedLatentDiffusion: Beside(
+        picture_vector, varied, VARIES, without=lambda told: {"c_adm": torch.zeros_like(told["c_adm"])}),
 }

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from ldm.checkpoint import UNKNOWN, Checkpoint, identify, open_checkpoint
-from ldm.checkpoint.names import COMPUTED, TRAINING_ONLY, select_ema
+from ldm.checkpoint.names import COMPUTED, OPTIONAL, TRAINING_ONLY, select_ema
 from ldm.config import load_config, model_section
 from ldm.errors import CheckpointError, ConfigError, LdmError, OutOfMemory
 from ldm.models.diffusion.ddpm import DDPM
@@ -106,7 +106,8 @@ def match(model: nn.Module, weights: Mapping[str, Tensor], file: Checkpoint, sou
     for same in names.values():
         found = next((name for name in same if name in weights), None)
         if found is None:
-            missing += [name for name in same if own[name].is_meta or not COMPUTED.fullmatch(name)]
+            missing += [name for name in same if own[name].is_meta or not (
+                COMPUTED.fullmatch(name) or OPTIONAL.fullmatch(name))]
         elif weights[found].shape != own[found].shape:
             misshapen.append(f"{found} {tuple(weights[found].shape)} instead of {tuple(own[found].shape)}")
         elif own[found].is_meta or not COMPUTED.fullmatch(found) or _is_exact(weights[found], own[found]):

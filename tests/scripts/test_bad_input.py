@@ -122,10 +122,15 @@ def test_weights_that_do_not_fit_the_config_are_listed(txt2img, models, tmp_path
         ("img2img", "inpaint", ["scripts/inpaint.py"]),
         ("inpaint", "pairs", ["takes no prompt", "leave --prompt out"]),
         ("sample_diffusion", "inpaint", ["scripts/inpaint.py"]),
+        ("txt2img", "variation", ["scripts/variation.py"]),
+        ("txt2img", "unclip", ["scripts/variation.py"]),
+        ("img2img", "unclip", ["scripts/variation.py"]),
+        ("variation", "text", ["scripts/img2img.py"]),
     ],
 )
 def test_a_model_given_to_the_wrong_script_names_the_right_one(script, models, photo, mask, name, kind, words):
-    given = {"img2img": ("--init-img", photo), "inpaint": ("--prompt", "a fox", "--init-img", photo, "--mask", mask)}
+    given = dict.fromkeys(("img2img", "variation"), ("--init-img", photo)) | {
+        "inpaint": ("--prompt", "a fox", "--init-img", photo, "--mask", mask)}
     if name == "sample_diffusion":
         options = ("-r", models[kind], "--safety", "off", "--watermark", "off")
     else:

@@ -231,7 +231,8 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
 class ImageEmbeddingConditionedLatentDiffusion(ManyConditions):
     """Follows the embedding of an image, c_adm (b, d), which training drops with probability embedding_dropout.
 
-    noise_aug_config: a model (embedding) -> (noised embedding, embedding of the noise level), both joined to c_adm.
+    noise_aug_config: a model (embedding, noise_level=None, noise=None) -> (noised embedding, embedding of the noise
+    level), both joined to c_adm.
     """
 
     def __init__(
@@ -250,10 +251,14 @@ class ImageEmbeddingConditionedLatentDiffusion(ManyConditions):
         self.embed_key = embedding_key
         self.embedding_dropout = embedding_dropout
 
+    def augment(self, embedding: Tensor, **noise: Tensor) -> Tensor:
+        """c_adm for embeddings (b, d). noise: its `noise_level` (b,) and the `noise` itself (b, d), else drawn."""
+        if self.noise_augmentor is None:
+            return embedding
+        return torch.cat(self.noise_augmentor(embedding, **noise), dim=1)
+
     def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
-        embedding = self.embedder(self.image(batch, self.embed_key, z))
-        if self.noise_augmentor is not None:
-            embedding = torch.cat(self.noise_augmentor(embedding), dim=1)
+        embedding = self.augment(self.embedder(self.image(batch, self.embed_key, z)))
         if self.training:
             kept = torch.rand(len(embedding), 1, device=embedding.device) >= self.embedding_dropout
             embedding = embedding * kept

@@ -80,8 +80,10 @@ class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
         super().__init__(noise_schedule_config)
         self.max_noise_level = max_noise_level
 
-    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The noised picture and the levels (b,) int64, which are drawn where none are given."""
+    def forward(
+        self, x: Tensor, noise_level: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noised picture and the levels (b,) int64; levels and noise are drawn where none are given."""
         if noise_level is None:
             noise_level = torch.randint(0, self.max_noise_level, (len(x),), device=x.device)
-        return self.q_sample(x, noise_level), noise_level
+        return self.q_sample(x, noise_level, noise), noise_level

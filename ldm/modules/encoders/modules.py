@@ -2,19 +2,28 @@
 
 from ldm.modules.encoders.bert import BERTEmbedder, BERTTokenizer, TransformerEmbedder
 from ldm.modules.encoders.general import AbstractEncoder, ClassEmbedder, IdentityEncoder, SpatialRescaler
-from ldm.modules.encoders.image import FrozenCLIPImageEmbedder, FrozenClipImageEmbedder
+from ldm.modules.encoders.image import (
+    CLIPEmbeddingNoiseAugmentation,
+    ClipImageEmbedder,
+    FrozenCLIPImageEmbedder,
+    FrozenClipImageEmbedder,
+    FrozenOpenCLIPImageEmbedder,
+)
 from ldm.modules.encoders.text import FrozenCLIPEmbedder, FrozenCLIPTextEmbedder, FrozenOpenCLIPEmbedder
 
 __all__ = [
     "AbstractEncoder",
     "BERTEmbedder",
     "BERTTokenizer",
+    "CLIPEmbeddingNoiseAugmentation",
     "ClassEmbedder",
+    "ClipImageEmbedder",
     "FrozenCLIPEmbedder",
     "FrozenCLIPImageEmbedder",
     "FrozenCLIPTextEmbedder",
     "FrozenClipImageEmbedder",
     "FrozenOpenCLIPEmbedder",
+    "FrozenOpenCLIPImageEmbedder",
     "IdentityEncoder",
     "SpatialRescaler",
     "TransformerEmbedder",
