@@ -5,7 +5,7 @@
 
 With --prompt, a Stable Diffusion checkpoint: one made for inpainting, or any other by blending at each step.
 With --indir, the latent-diffusion inpainting model on each pair NAME.png, NAME_mask.png; writes OUTDIR/NAME.png, and
-leaves out what is there already. Prints the path of each file.
+leaves out what is there already (with --resume, what is as OUTDIR/manifest.jsonl says). Prints the path of each file.
 Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memory, 130 interrupted.
 """
 

@@ -27,7 +27,7 @@ from ldm.generation.preview import Preview, fit_colours
 from ldm.generation.record import Recorder, Replay
 from ldm.generation.request import Request
 from ldm.generation.rows import Row, check_rows
-from ldm.image.io import Outdir, check_outdir, write_png
+from ldm.image.io import Outdir
 from ldm.memory import lowest
 
 logger = logging.getLogger(__name__)
@@ -74,18 +74,26 @@ class Run:
 
     def draw(self, rows: Sequence[Row]) -> Summary:
         """Draw every row into samples/, and the pictures of the run into a grid."""
-        options = self.options
-        gallery = Gallery(options, self.finish, self.recorder, self.tell, len(rows) * options.n_iter)
+        options, pictures = self.options, len(rows) * self.options.n_iter
+        gallery = Gallery(options, self.finish, self.recorder, self.tell, pictures)
+        return self._fill(gallery, lambda: plan(rows, options.batch_size, options.n_iter), pictures)
 
-        def batches() -> Iterator[list[Job]]:
-            return plan(rows, options.batch_size, options.n_iter)
+    def draw_files(self, names: Mapping[Request, str]) -> Summary:
+        """Draw each request into the output folder, under the name that it is given."""
+        if self.options.preview and PREVIEW in names.values():
+            raise RequestError(f"a picture here is to be named {PREVIEW}, as the preview is: leave --preview out")
+        options = replace(self.options, skip_grid=True)
+        gallery = Gallery(options, self.finish, self.recorder, self.tell, len(names), list(names.values()))
+        batches = [[Job(index, request, name)] for index, (request, name) in enumerate(names.items())]
+        return self._fill(gallery, lambda: iter(batches), len(names))
 
+    def _fill(self, gallery: Gallery, batches: Callable[[], Iterator[list[Job]]], pictures: int) -> Summary:
+        """Draw the batches of a run of so many pictures, those that are left of it, into a gallery."""
         self._go_on(gallery, batches())
         steps = [self._walk(batch) for batch in batches()]
         parts = (part for batch in batches() for part in gallery.parts(batch))
-        totals = len(rows) * options.n_iter, len(steps), sum(steps)
         with gallery:
-            return self._draw(parts, gallery.keep, totals, gallery.pass_by, gallery.close)
+            return self._draw(parts, gallery.keep, (pictures, len(steps), sum(steps)), gallery.pass_by, gallery.close)
 
     def follow(self, arrivals: Arrivals) -> Summary:
         """As `draw`, for rows that come while it goes on, each drawn n_iter times before the next.
@@ -123,21 +131,6 @@ class Run:
             jobs = sorted(chain.from_iterable(batches), key=lambda job: job.index)
             if not gallery.go_on(jobs):
                 logger.warning("%s has no run of these rows to go on with: this is a new one", self.options.outdir)
-
-    def draw_files(self, names: Mapping[Request, str]) -> Summary:
-        """Draw each request into the output folder, under the name that it is given."""
-        folder = check_outdir(self.options.outdir)
-        if self.options.preview and PREVIEW in names.values():
-            raise RequestError(f"a picture here is to be named {PREVIEW}, as the preview is: leave --preview out")
-        batches = [[Job(index, request)] for index, request in enumerate(names)]
-
-        def keep(drawn: Drawn) -> None:
-            path = folder / names[drawn.job.request]
-            if isinstance(drawn.outcome, Picture) and not path.exists():  # else another run has made it in the meantime
-                self._write(drawn, lambda image, info, depth: write_png(path, image, info))
-
-        return self._draw((Part(batch, batch) for batch in batches), keep,
-                          (len(batches), len(batches), sum(map(self._walk, batches))))
 
     def redraw(self, replay: Replay) -> Summary:
         """Draw the batch of a recorded picture again, from the same noise, and write that picture into samples/."""

@@ -168,22 +168,27 @@ def how_to_resume(args: Namespace) -> str:
 
 
 def draw_files(args: Namespace, names: Mapping[Request, str]) -> int:
-    """As `draw`, each picture into the output folder under its own name; what is there already is left out."""
+    """As `draw`, each picture into the output folder under its own name.
+
+    What is there already is left out; with --resume, as far as the manifest says that it is what it was.
+    """
     set_up(args)
     if args.print_config:
         return explain(args, list(map(Row, names)))
-    missing = {request: name for request, name in names.items() if not (Path(args.outdir) / name).exists()}
+    model, run = pick(ModelOptions, args), pick(RunOptions, args)
+    missing = {request: name for request, name in names.items()
+               if run.go_on or not (Path(args.outdir) / name).exists()}
     if len(missing) < len(names):
         there = len(names) - len(missing)
         logger.warning("%d of %d pictures are in %s already and left as they are", there, len(names), args.outdir)
     if not missing:
         return 0
-    model, run = pick(ModelOptions, args), pick(RunOptions, args)
 
     from ldm.generation.loading import choose, open_run
 
-    ready = open_run(list(map(Row, missing)), model, run, teller(args), choose(model))
-    return end(ready.draw_files(missing), "; the same command goes on with the rest")
+    rows = [Row(request, name) for request, name in missing.items()]
+    ready = open_run(rows, model, run, teller(args), choose(model))
+    return end(ready.draw_files(missing), how_to_resume(args))
 
 
 def mask_pairs(folder: str) -> list[tuple[Path, Path]]:

@@ -64,7 +64,8 @@ class Drawn:
 class Gallery:
     """The files of one run of `pictures` pictures, in a folder where other runs may write too.
 
-    With `past`, the run that it goes on with: what is there and as that run left it is kept, by the same name.
+    names: of each picture in the output folder itself, in place of a number in samples/; a file of that name that no
+    run has written is left as it is. Of the run that it goes on with, what is there and as it was left is kept.
     """
 
     def __init__(
@@ -74,13 +75,15 @@ class Gallery:
         recorder: Recorder,
         tell: Tell,
         pictures: int,
+        names: Sequence[str] = (),
     ):
         self.options = options
         self.finish = finish
         self.recorder = recorder
         self.tell = tell
         self.pictures = pictures
-        self.outdir = Outdir(options.outdir)
+        self.names = names
+        self.outdir = Outdir(options.outdir, "" if names else "samples")
         self.ledger = Ledger(self.outdir.path)
         self._resumed: Past | None = None
         sides = [(axis.name, axis.values) for axis in read_axes(options.xy)]
@@ -92,14 +95,18 @@ class Gallery:
 
     def go_on(self, jobs: Sequence[Job]) -> bool:
         """Find the run of these jobs that ended early; False where there is none."""
-        self._resumed = self.ledger.find([settings_hash(job.request, self.recorder) for job in jobs])
+        if self.names:
+            self._resumed = self.ledger.names(self.names)
+        else:
+            self._resumed = self.ledger.find([settings_hash(job.request, self.recorder) for job in jobs])
         return self._resumed is not None
 
     @cached_property
     def past(self) -> Past:
         """This run. A new one takes its numbers when its first picture is there to be written."""
+        numbered = 0 if self.names or self.options.skip_save else self.pictures
         return self._resumed or self.ledger.begin(
-            0 if self.options.skip_save else self.pictures, self.outdir.samples.highest(), self.outdir.grids.highest()
+            numbered, self.outdir.samples.highest(), self.outdir.grids.highest(), bool(self.names)
         )
 
     def parts(self, batch: Sequence[Job]) -> Iterator[Part]:
@@ -123,10 +130,16 @@ class Gallery:
 
     def _is_done(self, job: Job) -> bool:
         entry = self.past.entries.get(job.index)
+        if not entry and self._is_foreign(job):
+            return True
         if not (entry and entry.file and entry.settings == settings_hash(job.request, self.recorder)):
             return False
         files = {entry.file: entry.sha256} | ({entry.depth: entry.depth_sha256} if entry.depth else {})
         return all(file_hash(self._path(name)) == sha256 for name, sha256 in files.items())
+
+    def _is_foreign(self, job: Job) -> bool:
+        """Whether the name of a picture is that of a file that no run has written."""
+        return bool(self.names) and job.index not in self.past.entries and self._path(self.names[job.index]).exists()
 
     def _path(self, name: str) -> Path:
         return self.outdir.samples.folder / Path(name).name
@@ -150,7 +163,7 @@ class Gallery:
             self._hang(job.index, None)
             return
         made = self.finish(outcome)
-        if not self.options.skip_save:
+        if not self.options.skip_save and not self._is_foreign(job):
             info = self.recorder.png_info(made, drawn.requests, drawn.batch.index(job), drawn.before, drawn.how)
             try:
                 path = self._save(job, made, info)
@@ -172,6 +185,8 @@ class Gallery:
             if made.depth:
                 write_png(depth_path(path), made.depth, info, overwrite=True)
             return write_png(path, made.image, info, overwrite=True)
+        if self.names:
+            return write_png(self._path(self.names[job.index]), made.image, info)
         number, spare = self.past.first + job.index, self.past.first + self.pictures
         return self.outdir.samples.save_as(number, spare, made.image, info, made.depth)
 

@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class Entry:
     """One picture that was made, or could not be (`error`).
 
     row: where it was read. settings: their hash. batch: the pictures that it was drawn with. before, after: the
-    `Noise.history` around that batch. file: its name in samples/. depth: that of its depth map, where there is one.
+    `Noise.history` around that batch. file: its name in samples/, or in the output folder itself where the run is
+    one of `named` pictures. depth: that of its depth map, where there is one.
     """
 
     index: int
@@ -50,12 +51,13 @@ class Entry:
 
 @dataclass
 class Past:
-    """A run as its lines tell it. Its pictures are numbered from `first`, its grids from `first_grid`."""
+    """A run as its lines tell it. Its pictures are numbered from `first`, or `named`, its grids from `first_grid`."""
 
     run: str
     first: int
     first_grid: int
     pictures: int
+    named: bool = False
     ended: bool = False
     entries: dict[int, Entry] = field(default_factory=dict)
     grids: dict[int, str] = field(default_factory=dict)
@@ -72,14 +74,14 @@ class Ledger:
     def __init__(self, outdir: Path):
         self.path = outdir / NAME
 
-    def begin(self, pictures: int, above: int, above_grid: int) -> Past:
+    def begin(self, pictures: int, above: int, above_grid: int, named: bool = False) -> Past:
         """A new run. Its numbers follow the highest present, `above`, and those of runs that have not ended.
 
         Where two begin at once, the order of their lines decides.
         """
         run = uuid.uuid4().hex[:12]
         self.append(run=run, began=time.strftime("%Y-%m-%dT%H:%M:%S%z"), pictures=pictures, above=above,
-                    above_grid=above_grid)
+                    above_grid=above_grid, named=named)
         return self.read()[run]
 
     def append(self, **line: Any) -> None:
@@ -117,6 +119,8 @@ class Ledger:
         """The run to go on with: the latest of those with the most pictures of these settings, by index, or None."""
         best, score = None, 0.0
         for past in self.read().values():
+            if past.named:
+                continue
             # One that was stopped before its first picture is better than none.
             empty = 0.5 if not past.entries and past.pictures == len(settings) and not past.ended else 0.0
             same = sum(entry.settings == settings[index] for index, entry in past.entries.items()
@@ -124,6 +128,14 @@ class Ledger:
             if max(same, empty) and max(same, empty) >= score:
                 best, score = past, max(same, empty)
         return best
+
+
+    def names(self, names: Sequence[str]) -> Past | None:
+        """A run that goes on with what the latest lines say of the pictures of these names, or None."""
+        of_file = {entry.file: entry for past in self.read().values() if past.named for entry in past.entries.values()}
+        entries = {index: replace(of_file[name], index=index, batch=[index])
+                   for index, name in enumerate(names) if name in of_file}
+        return replace(self.begin(0, -1, -1, named=True), entries=entries) if entries else None
 
 
 def take(line: dict[str, Any], runs: dict[str, Past]) -> None:
@@ -136,6 +148,7 @@ def take(line: dict[str, Any], runs: dict[str, Past]) -> None:
             max([line["above"] + 1, *(past.end for past in taken)]),
             max([line["above_grid"] + 1, *(past.first_grid + 1 for past in taken)]),
             line["pictures"],
+            line.get("named", False),
         )
     elif "ended" in line:
         runs[run].ended = True

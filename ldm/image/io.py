@@ -243,12 +243,12 @@ class Numbered:
 class Outdir:
     """The output folder of a run: samples/00000.png, 00001.png ... and grid-0000.png, as the original lays it out.
 
-    Raises RequestError where it cannot be made or written to.
+    samples: the folder of the pictures in it. Raises RequestError where it cannot be made or written to.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, samples: str = "samples"):
         self.path = check_outdir(path)
-        self.samples = Numbered(check_outdir(self.path / "samples"), "%05d.png")
+        self.samples = Numbered(check_outdir(self.path / samples), "%05d.png")
         self.grids = Numbered(self.path, "grid-%04d.png")
         _clean(self.samples.folder)
         _clean(self.path)

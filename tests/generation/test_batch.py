@@ -189,7 +189,7 @@ def test_files_keep_the_names_that_they_are_given_and_are_never_overwritten(run,
     assert going.draw_files({first: "a.png", second: "b.png"}).failed == 0
     assert saved(going) == [out / "a.png"]
     assert (out / "b.png").read_text() == "mine"
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "manifest.jsonl"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"fixed_code": True}, {"seed_mode": "image"}, {"sampler": "euler_a"}])

@@ -116,7 +116,7 @@ def test_a_picture_is_made_again_byte_for_byte(inpaint, photo, mask, kind):
 def test_a_folder_of_pairs_keeps_its_names_and_what_is_there_is_left_as_it_is(inpaint, folder):
     done = inpaint("--indir", folder, "--outdir", "out", kind="pairs")
     assert (done.code, done.out, done.err) == (0, ["out/a.png", "out/b.png"], [])
-    assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "b.png"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "b.png", "manifest.jsonl"]
     assert np.array_equal(pixels("out/b.png")[:, 32:], pixels(folder / "b.png")[:, 32:])
     Path("out/b.png").unlink()
     before = Path("out/a.png").read_bytes()
@@ -126,6 +126,40 @@ def test_a_folder_of_pairs_keeps_its_names_and_what_is_there_is_left_as_it_is(in
     assert Path("out/a.png").read_bytes() == before
     nothing = inpaint("--indir", folder, "--outdir", "out", kind="pairs")
     assert (nothing.code, nothing.out) == (0, [])
+
+
+def test_a_folder_of_pairs_that_is_gone_on_with_has_the_files_of_one_run_byte_for_byte(inpaint, folder):
+    for name in "cd":
+        (folder / f"{name}.png").write_bytes((folder / "a.png").read_bytes())
+        (folder / f"{name}_mask.png").write_bytes((folder / "a_mask.png").read_bytes())
+
+    def run(*options, code=0):
+        done = inpaint("--indir", folder, "--outdir", "out", *options, kind="pairs")
+        assert done.code == code, done
+        return [Path(path).name for path in done.out]
+
+    assert run() == ["a.png", "b.png", "c.png", "d.png"]
+    files = {name: Path("out", name).read_bytes() for name in ("a.png", "b.png", "c.png", "d.png")}
+    assert len(set(files.values())) == 4  # each has noise of its own
+    Path("out/b.png").unlink()
+    Path("out/d.png").write_bytes(b"altered")
+    assert run() == ["b.png"]  # from the run's first noise; and what is there is not looked at
+    assert run("--resume") == ["d.png"]
+    assert Path("out/d.png").read_bytes() == files["d.png"]
+    Path("out/b.png").unlink()
+    Path("out/manifest.jsonl").write_text("".join(Path("out/manifest.jsonl").read_text().splitlines(True)[:6]))
+    assert run("--resume") == ["b.png"]
+    assert {name: Path("out", name).read_bytes() for name in files} == files
+
+    (folder / "e.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "e_mask.png").write_bytes((folder / "b_mask.png").read_bytes())
+    Path("out/e.png").write_bytes(b"mine")
+    Image.new("RGB", (64, 64), "red").save(folder / "c.png")
+    (folder / "a_mask.png").write_bytes(b"no picture")
+    assert run("--resume", code=2) == []
+    (folder / "a_mask.png").write_bytes((folder / "b_mask.png").read_bytes())
+    assert run("--resume") == ["c.png"]
+    assert Path("out/e.png").read_bytes() == b"mine"
 
 
 def test_a_folder_of_pairs_runs_as_a_command(command, models, folder):
