@@ -5,7 +5,7 @@ import datetime
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.config import merge_configs, model_section
@@ -159,7 +161,23 @@ def make_trainer(
         settings["strategy"] = "ddp_find_unused_parameters_true"
     if isinstance(data, DataModuleFromConfig):  # whose samplers know of ranks by themselves
         defaults["use_distributed_sampler"] = False
-    return pl.Trainer(**{**defaults, **settings})
+    trainer = new_trainer({**defaults, **settings})
+    check_strategy(trainer.strategy, model)
+    return trainer
+
+
+def new_trainer(options: Mapping[str, Any]) -> pl.Trainer:
+    """Lightning's Trainer. Raises ConfigError, in one line, for what it does not take or cannot carry out here."""
+    try:
+        return pl.Trainer(**options)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"Lightning's Trainer does not take these options: {' '.join(str(error).split())}") from error
+
+
+def check_strategy(strategy: Strategy, model: pl.LightningModule) -> None:
+    """Raise ConfigError where each process is to hold a part of the weights, of which the EMA copy needs the whole."""
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and getattr(model, "use_ema", False):
+        raise ConfigError("sharded weights have no EMA copy: set model.params.use_ema=false, or strategy: ddp")
 
 
 def model_checkpoint(lightning: DictConfig, place: Place, model: pl.LightningModule) -> ModelCheckpoint:

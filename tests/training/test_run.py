@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 
 import main
 from ldm.checkpoint import open_checkpoint, read_checkpoint
+from ldm.errors import ConfigError
 from ldm.models.load import load_model
+from ldm.training.run import check_strategy, new_trainer
 from ldm.util import instantiate_from_config
 
 
@@ -85,6 +89,22 @@ def test_a_command_that_cannot_be_carried_out_says_so_in_one_line(runs, monkeypa
     assert main.main(words) == code
     (line,) = (record.message for record in caplog.records if record.levelname == "ERROR")
     assert clue in line
+
+
+@pytest.mark.parametrize("options, clue", [
+    ({"accelerator": "cpu", "strategy": "fsdp"}, "requires a GPU"),
+    ({"precision": "bf17"}, "bf17"),
+])
+def test_trainer_options_that_lightning_refuses_are_told_in_one_line(options, clue):
+    with pytest.raises(ConfigError, match=clue) as caught:
+        new_trainer(options)
+    assert "\n" not in str(caught.value)
+
+
+def test_sharded_weights_are_trained_without_an_average():
+    check_strategy(FSDPStrategy(), SimpleNamespace(use_ema=False))
+    with pytest.raises(ConfigError, match="use_ema=false"):
+        check_strategy(FSDPStrategy(), SimpleNamespace(use_ema=True))
 
 
 def test_a_switch_before_a_change_to_the_config_does_not_take_it_for_its_value():
