@@ -102,7 +102,8 @@ class LastCheckpoint(Callback):
         loop = trainer.fit_loop.epoch_loop
         extra = int(loop.batch_progress.total.ready != loop.batch_progress.total.processed)
         loop._batches_that_stepped -= extra
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         loop._batches_that_stepped += extra
         self.written = time.monotonic()
-        logger.info("wrote %s at step %d", self.path, trainer.global_step)
+        if trainer.is_global_zero:
+            logger.info("wrote %s at step %d", self.path, trainer.global_step)
