@@ -56,14 +56,17 @@ class Training:
         ucg_training: Mapping | None = None,
         min_snr_gamma: float | None = None,
         offset_noise: float = 0.0,
+        timestep_density: Mapping[str, float] | None = None,
         **others,
     ) -> None:
         """Keep the training options, and make the EMA copy of `self.model` and the per-step log variance `logvar`.
 
         ucg_training: {batch key: {"p": probability, "val": what replaces the entry}}, the dropping of conditions that
         classifier-free guidance needs. min_snr_gamma: weight of Hang et al. 2023, off if None. offset_noise: scale of a
-        noise shared by all pixels of a channel, so that the mean brightness is learned too. Settings of the training
-        forks are left out with a warning; ConfigError names every other keyword that is not known.
+        noise shared by all pixels of a channel, so that the mean brightness is learned too. timestep_density: {"mean",
+        "std"} of the normal whose sigmoid is the share of the way to pure noise that training draws (Esser et al. 2024,
+        eq. 19), so that the steps where a picture takes shape are seen more often; uniform if None. Settings of the
+        training forks are left out with a warning; ConfigError names every other keyword that is not known.
         """
         unknown = sorted(others.keys() - FORK_SETTINGS)
         if unknown:
@@ -83,6 +86,7 @@ class Training:
         self.ucg_training = ucg_training or {}
         self.min_snr_gamma = min_snr_gamma
         self.offset_noise = offset_noise
+        self.timestep_density = timestep_density
         if use_ema:
             self.model_ema = LitEma(self.model)
         with torch.device("cpu"):
@@ -151,7 +155,11 @@ class Training:
         return noise
 
     def draw_timesteps(self, x: Tensor) -> Tensor:
-        """One trained timestep for each of a batch, (b,)."""
+        """One trained timestep for each of a batch, (b,): each as likely as the other, but for `timestep_density`."""
+        if self.timestep_density and self.training:
+            normal = torch.randn(x.shape[0], device=self.device)
+            share = (self.timestep_density["mean"] + self.timestep_density["std"] * normal).sigmoid()
+            return (share * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         return torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device)
 
     def min_snr_weight(self, t: Tensor) -> Tensor:

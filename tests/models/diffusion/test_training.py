@@ -108,6 +108,16 @@ def test_min_snr_weighting_changes_what_is_minimised_and_not_what_is_reported(sm
     assert parts["val/loss_simple"].item() == 4.0
 
 
+def test_a_timestep_density_prefers_the_steps_around_its_mean_in_training_alone(small_model):
+    torch.manual_seed(0)
+    model, many = small_model(timesteps=1000, timestep_density={"mean": 0.0, "std": 0.5}), torch.zeros(2000, 1, 1, 1)
+    drawn = model.train().draw_timesteps(many) / model.num_timesteps
+    assert abs(drawn.mean() - 0.5) < 0.02
+    within = ((drawn > torch.tensor(-0.5).sigmoid()) & (drawn < torch.tensor(0.5).sigmoid())).float().mean()
+    assert abs(within - 0.683) < 0.05  # one standard deviation of the normal
+    assert abs((model.eval().draw_timesteps(many) / model.num_timesteps).std() - 12**-0.5) < 0.02
+
+
 def test_offset_noise_is_shared_by_the_pixels_of_a_channel(small_model):
     x = torch.zeros(200, 4, 8, 8)
     means = [small_model(offset_noise=scale).draw_noise(x).mean(dim=(2, 3)).std().item() for scale in (0.0, 0.5)]
