@@ -1,7 +1,7 @@
 """Pictures for an evaluation, drawn as the scripts draw them: what is there from an earlier run is not drawn again."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ldm.image.io import from_array, to_array
 from ldm.modules.encoders.files import WEIGHTS, find_folder, local_folder
 
 logger = logging.getLogger(__name__)
+
+OPENAI_CLIP = "openai/clip-vit-large-patch14"
 
 
 class Studio:
@@ -61,6 +63,7 @@ class Studio:
         logger.info("%s: %d pictures", folder, len(requests))
         summary = Run(run.pipeline, options, run.finish, run.recorder, run.tell).draw(list(map(Row, requests)))
         if summary.interrupted:
+            logger.warning("%s: stopped after %d pictures; the same command goes on", folder, summary.made)
             raise KeyboardInterrupt
         if summary.failed:
             raise LdmError(f"{summary.failed} of {len(requests)} pictures in {folder} could not be drawn")
@@ -77,11 +80,14 @@ class Studio:
 
 
 def clip_of(chosen: Chosen) -> Path:
-    """The folder of a model's own CLIP, if it holds both towers. Raises ConfigError where it is not at hand."""
+    """The folder of a model's own CLIP, or of OpenAI's, which Stable Diffusion 1 reads with, where it has both towers.
+
+    Raises ConfigError where it is not at hand.
+    """
     stage = chosen.section.params.get("cond_stage_config")
-    version = stage.get("params", {}).get("version", "") if hasattr(stage, "get") else ""
-    folder = version and (find_folder(version) or local_folder(version, WEIGHTS))
-    if not folder or not has_both_towers(folder):
+    named = stage.get("params", {}).get("version") if isinstance(stage, Mapping) else None
+    folder = find_folder(named or OPENAI_CLIP) or local_folder(named or OPENAI_CLIP, WEIGHTS)
+    if folder is None or not has_both_towers(folder):
         raise ConfigError("the CLIP of this model is not at hand with both towers: name one with --clip FOLDER, which "
                           "holds config.json, the weights and the tokenizer as transformers keeps them")
     return folder
