@@ -1,9 +1,11 @@
-"""Pictures drawn anew at four times their size, with the Stable Diffusion x4 upscaler.
+"""Pictures drawn anew at four times their size, with the Stable Diffusion x4 upscaler, or at twice.
 
   python scripts/upscale.py --init-img small.png --prompt "a white cat"
+  python scripts/upscale.py --init-img small.png --scale_factor 2 --steps 20 --scale 1
 
 A prompt that says what is seen helps. The picture is taken as it is, of any size; a long one is drawn in overlapping
 tiles, which are blended at every step. --noise_level says how much of it may be flaws, such as those of JPEG.
+--scale_factor 2 takes the latent upscaler, which was made for what Stable Diffusion 1 and 2 draw.
 Writes OUTDIR/samples/00000.png and OUTDIR/grid-0000.png, going on from the highest number there, and prints each path.
 Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memory, 130 interrupted.
 """
@@ -14,9 +16,9 @@ from ldm.generation import arguments
 from ldm.generation.command import draw, execute, replay, rows
 from ldm.generation.request import UPSCALER_NOISE, Request
 
-# By the factor: where the model is, and the classes of the models that do it.
-MODELS = {4: "models/ldm/stable-diffusion-x4-upscaler/model.ckpt"}
-MADE_FOR = ["LatentUpscaleDiffusion"]
+# By the factor: where the model is.
+MODELS = {4: "models/ldm/stable-diffusion-x4-upscaler/model.ckpt", 2: "models/ldm/sd-x2-latent-upscaler"}
+MADE_FOR = ["LatentUpscaleDiffusion", "LatentUpscale2xDiffusion"]
 
 
 def add_request(parser: arguments.Parser) -> None:
@@ -24,9 +26,9 @@ def add_request(parser: arguments.Parser) -> None:
     arguments.add_prompts(parser, "")
     group = parser.add_argument_group("what to enlarge")
     group.add_argument("--init-img", metavar="FILE", help="the small picture")
-    group.add_argument("--noise_level", type=int, default=UPSCALER_NOISE, metavar="N",
-                       help="noise on the small picture, 0 to 350: with more, more of it may be flaws "
-                       "(default: %(default)s)")
+    group.add_argument("--noise_level", type=int, default=Request.noise_level, metavar="N",
+                       help="noise on the small picture of the x4 upscaler, 0 to 350: with more, more of it may be "
+                       f"flaws (default: {UPSCALER_NOISE})")
     group.add_argument("--tile", type=int, default=Request.tile, metavar="PIXELS",
                        help="draw a picture with a longer side in tiles of this side, before it is enlarged; 0 draws "
                        "each as a whole (default: %(default)s)")
@@ -43,6 +45,8 @@ def parse(argv: list[str] | None = None):
     arguments.add_output(parser, "outputs/upscale-samples", n_iter=1, batch_size=1)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
+    if args.ckpt == MODELS[4]:
+        args.ckpt = MODELS[args.upscale]
     if not (args.init_img or args.from_file or args.replay or args.print_config):
         parser.error("name the picture to enlarge with --init-img FILE")
     return args

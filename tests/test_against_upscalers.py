@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from support import assert_matches
-from test_against_diffusers import COMPVIS, NEGATIVES, PROMPTS, Ours, Theirs, seeded
+from test_against_diffusers import BETAS, COMPVIS, NEGATIVES, PROMPTS, Ours, Theirs, seeded
 from tiny import write_model
 
+from ldm.checkpoint.diffusers import place
+from ldm.checkpoint.kunet import K_UNET
 from ldm.sampling import tiles
 
 pytestmark = [
@@ -23,6 +25,25 @@ X4_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_lin
 def x4(tmp_path_factory):
     checkpoint = write_model(tmp_path_factory.mktemp("x4"), "x4")
     return Ours(checkpoint), Theirs(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def x2(tmp_path_factory):
+    """Our model, and the parts of diffusers' pipeline with its weights."""
+    checkpoint = write_model(tmp_path_factory.mktemp("x2"), "x2")
+    theirs = Theirs(write_model(tmp_path_factory.mktemp("v"), "v"))  # whose text encoder and autoencoder are the same
+    state = torch.load(checkpoint)["state_dict"]
+    prefix = "model.diffusion_model."
+    weights = {place(key.removeprefix(prefix), K_UNET): weight
+               for key, weight in state.items() if key.startswith(prefix)}  # fmt: skip
+    theirs.unet = diffusers.UNet2DConditionModel(
+        act_fn="gelu", attention_head_dim=32, block_out_channels=[64, 128, 128], conv_in_kernel=1, conv_out_kernel=1,
+        cross_attention_dim=64, down_block_types=["KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"],
+        up_block_types=["KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"], in_channels=8, out_channels=5,
+        layers_per_block=2, mid_block_type=None, norm_num_groups=None, resnet_time_scale_shift="scale_shift",
+        time_cond_proj_dim=192, time_embedding_type="fourier", timestep_post_act="gelu")  # fmt: skip
+    theirs.unet.load_state_dict(weights)
+    return Ours(checkpoint), theirs
 
 
 @pytest.fixture
@@ -52,6 +73,21 @@ def test_the_x4_upscaler_draws_the_same_latents(x4, photo, sampler):
     assert drawn.shape == (2, 4, 24, 40)
     assert_matches(drawn, want, 1e-3)
     assert [picture.size for picture in pictures] == [(160, 96)] * 2
+
+
+@torch.no_grad()
+def test_the_x2_upscaler_draws_the_same_latents(x2, photo):
+    ours, theirs = x2
+    path, image = photo
+    drawn, pictures = ours.draw(sampler="euler", steps=5, scale=3.0, init_img=path, upscale=2)
+    latent = theirs.encode(2 * image - 1).expand(2, -1, -1, -1)
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace", prediction_type="sample")
+    pipeline = diffusers.StableDiffusionLatentUpscalePipeline(**vars(theirs), scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    want = pipeline(PROMPTS, latent, num_inference_steps=5, guidance_scale=3.0, negative_prompt=NEGATIVES,
+                    generator=seeded(), output_type="latent").images  # fmt: skip
+    assert_matches(drawn, want, 1e-3)
+    assert [picture.size for picture in pictures] == [(80, 48)] * 2
 
 
 def seams(model, side: int) -> tuple[float, float]:

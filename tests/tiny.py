@@ -49,6 +49,9 @@ LOW_SCALE = {
     "params": {"noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02}, "max_noise_level": 350},
 }
 
+K_UNET = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_res_blocks": 2, "num_head_channels": 32,
+          "context_dim": 64, "cond_channels": 192}  # fmt: skip
+
 # What each kind of model changes in the params of a golden config; `target` is that of the model itself.
 KINDS = {
     "text": ("tiny", {"cond_stage_config": TEXT_ENCODER}),
@@ -69,6 +72,11 @@ KINDS = {
         "unet_config.params.in_channels": 7, "unet_config.params.num_classes": 1000,
         "unet_config.params.disable_self_attentions": [True, True, False],
         "unet_config.params.attention_resolutions": [2, 4],
+    }),
+    "x2": ("tiny-v2", {
+        "target": "ldm.models.diffusion.ddpm.LatentUpscale2xDiffusion", "conditioning_key": "hybrid-adm",
+        "cond_stage_config": TEXT_ENCODER | {"target": "ldm.modules.encoders.upscaler.FrozenCLIPStatesAndWhole"},
+        "enlarges": 2, "unet_config": {"target": "ldm.modules.diffusionmodules.kunet.KUNetModel", "params": K_UNET},
     }),
     "pairs": ("tiny-concat", {"cond_stage_config": "__is_first_stage__", "first_stage_config": VQ_STAGE}),
     "unconditional": ("tiny-concat", {

@@ -22,12 +22,14 @@ logger = logging.getLogger(__name__)
 class Given(NamedTuple):
     """What a batch starts from, on its device; None where it does not.
 
-    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; depth: (1, 1, *, *), larger is nearer.
+    image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; depth: (1, 1, *, *), larger is nearer;
+    latent: (b, c, h, w), what another model has drawn.
     """
 
     image: Tensor | None = None
     mask: Tensor | None = None
     depth: Tensor | None = None
+    latent: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ldm.models.diffusion.ddpm import (
     LatentDiffusion,
     LatentEditDiffusion,
     LatentInpaintDiffusion,
+    LatentUpscale2xDiffusion,
     LatentUpscaleDiffusion,
 )
 from ldm.modules.encoders.image import ImageEncoder
@@ -258,6 +259,14 @@ def low_scale(
     return {"c_concat": [model.low_scale_model.q_sample(small, level, draw(small))], "c_adm": level}
 
 
+def small_latent(
+    model: LatentUpscale2xDiffusion, batch: Sequence[Request], given: Given, size: tuple[int, int], draw: Noise
+) -> dict:
+    """The latent of the small picture, or the one that another model drew, each place as often as it is enlarged."""
+    latent = first_latent(model, given.image) if given.latent is None else given.latent
+    return {"c_concat": [functional.interpolate(latent, size, mode="nearest")]}
+
+
 def enlarges(request: Request) -> bool:
     """Whether a request is for a larger copy of a whole picture, and no more."""
     plain = request.mask is None and not request.width and not request.height and request.strength == 1.0
@@ -268,6 +277,12 @@ def check_noise_level(model: LatentUpscaleDiffusion, request: Request) -> None:
     """Raise RequestError for a noise level that the model was not trained at."""
     if request.noise_level is not None:
         check_range("noise_level", request.noise_level, 0, model.low_scale_model.max_noise_level)
+
+
+def check_no_noise_level(model: LatentUpscale2xDiffusion, request: Request) -> None:
+    """Raise RequestError for a noise level, of which the model is always told that it is 0."""
+    if request.noise_level is not None:
+        raise RequestError("this model takes the small picture as it is: leave --noise_level out")
 
 
 def concat_condition(model: LatentDiffusion, given: Given, count: int) -> Tensor:
@@ -336,6 +351,7 @@ BESIDE: dict[type[LatentDiffusion], Beside] = {
     LatentInpaintDiffusion: Beside(masked_latents, lambda request: request.mask is not None, REPAINTS),
     LatentDepth2ImageDiffusion: Beside(
         depth_of, lambda request: request.init_img is not None and request.mask is None, KEEPS_DEPTH),
+    LatentUpscale2xDiffusion: Beside(small_latent, enlarges, UPSCALES, check_no_noise_level),
     LatentUpscaleDiffusion: Beside(low_scale, enlarges, UPSCALES, check_noise_level),
     LatentEditDiffusion: Beside(
         lambda model, batch, given, size, draw: {"c_concat": [encode(model, given.image)]},

@@ -32,6 +32,22 @@ def test_a_picture_of_any_size_becomes_four_times_as_large(upscale, small):
     assert read_image(done.out[0]).size == (72, 52)
 
 
+def test_a_picture_of_any_size_becomes_twice_as_large(upscale, small):
+    options = ("--init-img", small, "--scale_factor", 2)
+    done = upscale(*options, kind="x2")
+    assert (done.code, done.err) == (0, [])
+    assert read_image(done.out[0]).size == (36, 26)
+    told = upscale(*options, "--prompt", "(a cat:1.4), " * 30, "--prompt_weights", "--long_prompt", "chunk", kind="x2")
+    assert not np.array_equal(read_image(told.out[0]), read_image(done.out[0]))
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("x4", 2), ("x2", 4)])
+def test_a_model_that_enlarges_by_another_factor_says_by_which(upscale, small, kind, factor):
+    done = upscale("--init-img", small, "--scale_factor", factor, kind=kind)
+    assert done.code == 2
+    assert f"--scale_factor {6 - factor}" in done.said
+
+
 @pytest.mark.parametrize("options", [
     ["--prompt", "a cat"], ["--noise_level", 200], ["--tile", 16], ["--seed", 7],
 ])  # fmt: skip

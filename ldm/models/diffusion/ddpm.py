@@ -29,6 +29,7 @@ VARIANTS = (
     "LatentEditDiffusion",
     "LatentFinetuneDiffusion",
     "LatentInpaintDiffusion",
+    "LatentUpscale2xDiffusion",
     "LatentUpscaleDiffusion",
     "LatentUpscaleFinetuneDiffusion",
     "Layout2ImgDiffusion",

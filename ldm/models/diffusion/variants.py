@@ -196,6 +196,34 @@ class LatentUpscaleDiffusion(ManyConditions):
         return super().condition_images(batch, c, raw, x) | {"x_lr": self.image(batch, self.low_scale_key, x)}
 
 
+class LatentUpscale2xDiffusion(LatentDiffusion):
+    """Doubles the sides of a latent: c_concat is the small one at the size of z, the network one of k-diffusion.
+
+    The network F is told log(sigma) / 4, and alpha x + sigma F is x0 (Karras et al. 2022, table 1, with sigma_data 1):
+    -F is v. Its last channel, a variance, is not used. The cond stage gives the states of a text, then one for the whole.
+    """
+
+    def __init__(self, *args, enlarges: int = 2, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.parameterization != "v":
+            raise ConfigError(f"parameterization must be v, got {self.parameterization!r}")
+        self.enlarges = enlarges
+
+    def log_sigma(self, t: Tensor) -> Tensor:
+        """log(sigma / alpha) at the timesteps (b,), linear between trained ones, as `ldm.sampling.Schedule` has it."""
+        table = 0.5 * (torch.log1p(-self.alphas_cumprod) - self.alphas_cumprod.log())
+        below = t.long()
+        return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (t - below).float())
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping, return_ids: bool = False) -> Tensor:
+        chunks = cond["c_crossattn"][0].unflatten(1, (-1, self.cond_stage_model.max_length + 1))
+        states, whole = chunks[:, :, :-1].flatten(1, 2), chunks[:, 0, -1]
+        clean = whole.new_zeros(len(whole), self.model.diffusion_model.cond_channels - whole.shape[1])
+        clean[:, :clean.shape[1] // 2] = 1  # cos and sin of 0, the noise in the small latent
+        out = self.model(x_noisy, self.log_sigma(t) / 4, cond["c_concat"], [states], torch.cat([clean, whole], dim=1))
+        return -out[:, :self.channels]
+
+
 class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
     """Begins with a text-to-image model and learns to follow a small image, folded into patches if it is too large.
 
