@@ -7,7 +7,7 @@ from ldm.checkpoint.diffusers import place, split
 from ldm.checkpoint.dpt import dpt_names
 
 SIZES = {"side": 64, "stem": 32, "stages": [[128, 1], [128, 2], [128, 1]], "width": 64, "depth": 4, "heads": 4,
-         "hooks": [2, 3], "features": 32, "classes": 10}  # fmt: skip
+         "hooks": [2, 3], "features": 32}  # fmt: skip
 BIT = {"model_type": "bit", "layer_type": "bottleneck", "depths": [1, 2, 1], "hidden_sizes": [128, 128, 128],
        "embedding_size": 32, "global_padding": "same", "out_features": ["stage1", "stage2", "stage3"],
        "embedding_dynamic_padding": True}  # fmt: skip

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from depth import their_dpt
+from folders import assert_reads_as, save_folder
 from PIL import Image
 from support import assert_matches
 from test_against_diffusers import BETAS, COMPVIS, NEGATIVES, PROMPTS, FromOneLevelAbove, Ours, Theirs, seeded
@@ -73,3 +74,9 @@ def test_depth_to_image_draws_the_same_latents(both, photo, tmp_path, monkeypatc
 def mode(vae: diffusers.AutoencoderKL, image: torch.Tensor) -> torch.Tensor:
     """The mean of the posterior, where the pipeline would draw from it."""
     return diffusers.AutoencoderKL.encode(vae, image).latent_dist.mode()
+
+
+def test_a_folder_of_diffusers_reads_as_the_same_model(both, tmp_path):
+    ours, theirs = both
+    save_folder(tmp_path, theirs, scheduler=diffusers.DDIMScheduler(**BETAS))
+    assert_reads_as(tmp_path, ours.model)

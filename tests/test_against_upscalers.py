@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from folders import assert_reads_as, save_folder
 from PIL import Image
 from support import assert_matches
 from test_against_diffusers import BETAS, COMPVIS, NEGATIVES, PROMPTS, Ours, Theirs, seeded
@@ -116,3 +117,12 @@ def test_tiles_differ_from_the_whole_no_more_at_their_seams_than_elsewhere(x4, m
     assert elsewhere < 0.06
     monkeypatch.setattr(tiles, "OVERLAP", 1000)
     assert seams(model, 32)[0] > 2.5 * at_seams
+
+
+@pytest.mark.parametrize("kind", ["x4", "x2"])
+def test_a_folder_of_diffusers_reads_as_the_same_model(request, kind, tmp_path):
+    ours, theirs = request.getfixturevalue(kind)
+    schedules = {"x4": {"low_res_scheduler": diffusers.DDPMScheduler(**X4_BETAS)}, "x2": {}}[kind]
+    main = diffusers.EulerDiscreteScheduler(**{"x4": X4_BETAS, "x2": BETAS}[kind], prediction_type="v_prediction")
+    save_folder(tmp_path, theirs, scheduler=main, **schedules)
+    assert_reads_as(tmp_path, ours.model)

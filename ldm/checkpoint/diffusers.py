@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import kunet
 from ldm.checkpoint.archive import MappedFile, read_archive
+from ldm.checkpoint.dpt import classifier, dpt_names
 from ldm.checkpoint.names import rename
 from ldm.errors import CheckpointError, ConfigError
 
@@ -28,6 +30,7 @@ REST = "ldm_rest.safetensors"  # beside the index: what has no place in their la
 # Which subfolder holds which part of our state dict; the first row whose subfolders are all there is the layout.
 NETWORKS = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 LAYOUTS = (
+    {**NETWORKS, "text_encoder": "cond_stage_model.", "depth_estimator": "depth_model.model."},
     {**NETWORKS, "text_encoder": "cond_stage_model.", "image_encoder": "embedder.",
      "image_normalizer": "noise_augmentor."},
     {**NETWORKS, "text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
@@ -37,7 +40,7 @@ LAYOUTS = (
 )
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
            "text_encoder_2": "CLIPTextModelWithProjection", "image_encoder": "CLIPVisionModelWithProjection",
-           "image_normalizer": "StableUnCLIPImageNormalizer"}
+           "image_normalizer": "StableUnCLIPImageNormalizer", "depth_estimator": "DPTForDepthEstimation"}
 
 # The blocks of an OpenCLIP text tower by its width; their folders leave out the last, which Stable Diffusion 2 skips.
 OPEN_CLIP_BLOCKS = {1024: 24, 1280: 32}
@@ -93,6 +96,8 @@ def unet_names(keys: Collection[str]) -> Names:
 
     They count blocks within a level, we count through; their up-samplers stand apart, ours are the last of three.
     """
+    if kunet.OURS in keys or kunet.THEIRS in keys:
+        return kunet.K_UNET
     if found(keys, r"down_blocks\.(\d+)\."):
         levels = 1 + max(found(keys, r"down_blocks\.(\d+)\."))
         blocks = len(found(keys, r"down_blocks\.0\.resnets\.(\d+)\."))
@@ -163,7 +168,7 @@ def picture_names(keys: Collection[str]) -> Names:
 
 
 NAMES: dict[str, Callable[[Collection[str]], Names]] = {
-    "unet": unet_names, "vae": vae_names, "image_encoder": picture_names,
+    "unet": unet_names, "vae": vae_names, "image_encoder": picture_names, "depth_estimator": dpt_names,
     "image_normalizer": lambda keys: [("data_mean", "mean"), ("data_std", "std")],
 }
 
@@ -277,6 +282,10 @@ def read_folder(path: Path) -> Joined:
             add_unused(pieces, f"{prefix}model.")
         if part == "image_encoder":
             add_text_leftovers(pieces, f"{prefix}model.")
+        if part == "depth_estimator":
+            width = pieces[f"{prefix}pretrained.model.cls_token"][0].shape[-1]
+            for name, shape in classifier(width).items():
+                pieces[prefix + name] = {0: torch.zeros(()).expand(shape)}
     whole = {name: [own[index] for index in sorted(own)] for name, own in pieces.items()}
     if (path / REST).is_file():
         whole |= {name: split(name, weight) for name, weight in folder.open(path / REST).items()}

@@ -26,6 +26,11 @@ NECK += [(f"scratch.layer{level + 1}_rn.", f"neck.convs.{level}.") for level in 
 HEAD = [(f"scratch.output_conv.{layer}.", f"head.head.{layer}.") for layer in (0, 2, 4)]
 
 
+def classifier(width: int) -> dict[str, tuple[int, ...]]:
+    """What classifies pictures, by name and shape, which has no part in depth, and no place under their names."""
+    return {f"{OURS}head.weight": (1000, width), f"{OURS}head.bias": (1000,)}
+
+
 def dpt_names(keys: Collection[str]) -> Names:
     """The names of a DPT-hybrid's weights, whose depth the keys tell, ours or theirs.
 

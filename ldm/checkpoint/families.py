@@ -66,6 +66,8 @@ FAMILIES = (
     Family("ControlNet", None, None, {"control_model.*": None}),
     Family("Stable Diffusion x4 upscaler", f"{SD}/x4-upscaling.yaml", UPSCALE,
            unet(256, 7, model__diffusion_model__label_emb__weight=None)),
+    Family("x2 latent upscaler", f"{SD}/x2-latent-upscaling.yaml", f"{UPSCALE} --scale_factor 2",
+           {"model.diffusion_model.time_embed.frequencies": None}),
     Family("Stable Diffusion 2 depth-to-image", f"{SD}/v2-midas-inference.yaml", DEPTH, unet(320, 5, 1024)),
     Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024)),
     Family("Stable unCLIP 2.1 (ViT-H)", f"{SD}/v2-1-stable-unclip-h-inference.yaml", VARIATION,

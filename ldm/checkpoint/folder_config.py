@@ -19,10 +19,18 @@ KINDS = {
     4: ("ldm.models.diffusion.ddpm_edit.LatentDiffusion", "hybrid", "StableDiffusionInstructPix2PixPipeline"),
     5: ("ldm.models.diffusion.ddpm.LatentInpaintDiffusion", "hybrid", "StableDiffusionInpaintPipeline"),
 }
+READ_ONLY = {
+    1: ("ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion", "hybrid", "StableDiffusionDepth2ImgPipeline"),
+    3: ("ldm.models.diffusion.ddpm.LatentUpscaleDiffusion", "hybrid-adm", "StableDiffusionUpscalePipeline"),
+}
 UNET, VAE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
 CLIP, OPEN_CLIP = (f"ldm.modules.encoders.modules.{name}" for name in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"))
 PICTURE_CLIP, PICTURE_UNCLIP, PICTURE_OPEN_CLIP, AUGMENTATION = (f"ldm.modules.encoders.modules.{name}" for name in (
     "FrozenCLIPImageEmbedder", "ClipImageEmbedder", "FrozenOpenCLIPImageEmbedder", "CLIPEmbeddingNoiseAugmentation"))
+DEPTH, UPSCALE_2X = "ldm.modules.midas.api.MiDaSInference", "ldm.models.diffusion.ddpm.LatentUpscale2xDiffusion"
+K_UNET = "ldm.modules.diffusionmodules.kunet.KUNetModel"
+STATES_AND_WHOLE = "ldm.modules.encoders.upscaler.FrozenCLIPStatesAndWhole"
+LOW_SCALE = "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation"
 UNCLIP = "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion"
 TRANSFORMER_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 
@@ -46,10 +54,10 @@ def to_yaml(folder: Path) -> dict[str, Any]:
 
 def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping) -> dict[str, Any]:
     beside = unet["in_channels"] - vae["latent_channels"]
-    if beside not in KINDS or schedule.get("trained_betas") or schedule.get("rescale_betas_zero_snr"):
+    if beside not in KINDS | READ_ONLY or schedule.get("trained_betas") or schedule.get("rescale_betas_zero_snr"):
         raise ConfigError(f"{folder} is of no kind that is known here (its UNet reads {unet['in_channels']} channels, "
                           f"its scheduler is {schedule.get('_class_name')}): name its YAML with --config")
-    target, conditioning, _ = KINDS[beside]
+    target, conditioning, _ = (KINDS | READ_ONLY)[beside]
     params = {
         "linear_start": schedule["beta_start"], "linear_end": schedule["beta_end"],
         "beta_schedule": ours(BETAS, schedule["beta_schedule"]), "timesteps": schedule.get("num_train_timesteps", 1000),
@@ -63,7 +71,55 @@ def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping) -
     }  # fmt: skip
     if (folder / "image_normalizer").is_dir():
         target, params = UNCLIP, params | unclip_params(folder, unet)
+    if (folder / "depth_estimator").is_dir():
+        params["depth_stage_config"] = depth_stage(read_json(folder / "depth_estimator" / "config.json"))
+    if (folder / "low_res_scheduler").is_dir():
+        params |= low_scale_params(folder, unet)
+    if unet.get("time_embedding_type") == "fourier":
+        target, params = UPSCALE_2X, params | latent_upscaler_params(params, unet)
     return {"target": target, "params": params}
+
+
+def depth_stage(theirs: Mapping) -> dict[str, Any]:
+    """The network that sees the depth of a picture."""
+    stem = theirs["backbone_config"]
+    widths = stem.get("hidden_sizes", (256, 512, 1024))
+    return {"target": DEPTH, "params": {
+        "model_type": "dpt_hybrid", "side": theirs["image_size"], "stem": stem.get("embedding_size", 64),
+        "stages": [list(stage) for stage in zip(widths, stem["depths"])], "width": theirs["hidden_size"],
+        "depth": theirs["num_hidden_layers"], "heads": theirs["num_attention_heads"],
+        "hooks": list(theirs["backbone_out_indices"][2:]), "features": theirs["fusion_hidden_size"]}}  # fmt: skip
+
+
+def low_scale_params(folder: Path, unet: Mapping) -> dict[str, Any]:
+    """Of the x4 upscaler, whose UNet is also told how much noise was added to the small picture."""
+    schedule = read_json(folder / "low_res_scheduler" / "scheduler_config.json")
+    levels = {"linear_start": schedule["beta_start"], "linear_end": schedule["beta_end"],
+              "beta_schedule": ours(BETAS, schedule["beta_schedule"])}
+    only = unet.get("only_cross_attention", False)
+    network = {"num_classes": unet["num_class_embeds"],
+               "disable_self_attentions": [only] * len(unet["block_out_channels"]) if isinstance(only, bool) else only}
+    return {
+        "low_scale_key": "lr", "low_scale_config": {"target": LOW_SCALE, "params": {
+            "noise_schedule_config": levels, "max_noise_level": read_json(folder / INDEX).get("max_noise_level", 350)}},
+        "unet_config": {"target": UNET, "params": unet_params(unet) | network},
+    }  # fmt: skip
+
+
+def latent_upscaler_params(params: Mapping, unet: Mapping) -> dict[str, Any]:
+    """Of the x2 latent upscaler, whose UNet is one of k-diffusion."""
+    widths = unet["block_out_channels"]
+    network = {
+        "in_channels": unet["in_channels"], "out_channels": unet["out_channels"], "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths], "num_res_blocks": unet["layers_per_block"],
+        "num_head_channels": unet["attention_head_dim"], "context_dim": unet["cross_attention_dim"],
+        "cond_channels": unet["time_cond_proj_dim"],
+    }  # fmt: skip
+    return {
+        "conditioning_key": "hybrid-adm", "parameterization": "v", "enlarges": 2,
+        "unet_config": {"target": K_UNET, "params": network},
+        "cond_stage_config": {**params["cond_stage_config"], "target": STATES_AND_WHOLE},
+    }  # fmt: skip
 
 
 def cond_stage(folder: Path) -> dict[str, Any]:

@@ -200,7 +200,7 @@ class LatentUpscale2xDiffusion(LatentDiffusion):
     """Doubles the sides of a latent: c_concat is the small one at the size of z, the network one of k-diffusion.
 
     The network F is told log(sigma) / 4, and alpha x + sigma F is x0 (Karras et al. 2022, table 1, with sigma_data 1):
-    -F is v. Its last channel, a variance, is not used. The cond stage gives the states of a text, then one for the whole.
+    -F is v. Its last channel, a variance, is not used. The cond stage gives the states of a text and one for the whole.
     """
 
     def __init__(self, *args, enlarges: int = 2, **kwargs):
