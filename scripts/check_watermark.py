@@ -7,21 +7,22 @@ picture carries the text, 1 if one does not or cannot be read, 2 on wrong usage.
 import sys
 
 from ldm.generation.arguments import Parser
-from ldm.generation.options import WATERMARK
+from ldm.generation.options import WATERMARKS
 
 
 def parse(argv: list[str] | None = None):
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="a picture")
-    parser.add_argument("--text", default=WATERMARK, help="the watermark to look for (default: %(default)s)")
+    parser.add_argument("--text", help=f"the watermark to look for (default: {' or '.join(WATERMARKS)})")
     options = parser.parse_args(argv)
-    if not options.text:
+    if options.text == "":
         parser.error("--text must not be empty")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    texts = [options.text] if options.text else WATERMARKS
 
     # Loaded only now, so that --help answers at once.
     from ldm.errors import ImageError, LdmError
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def carries(path: str) -> bool:
         try:
-            found = read_watermark(read_image(path), options.text)
+            image = read_image(path)
+            found = next(filter(None, (read_watermark(image, text) for text in texts)), None)
         except ImageError as error:
             print(error, file=sys.stderr)
             return False

@@ -32,6 +32,12 @@ def test_every_published_layout_is_told_by_its_weights(name):
     assert identify(shapes(name)).name == NAMES[name]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_stable_diffusion_2_carry_its_own_watermark(name):
+    second = name.startswith(("sd-v2", "sd-x4"))
+    assert identify(shapes(name)).watermark == ("SDV2" if second else "StableDiffusionV1")
+
+
 def test_a_text_encoder_without_its_inner_name_is_still_sd_1():
     renamed = {key.replace(".text_model.", "."): shape for key, shape in shapes("sd-v1").items()}
     assert identify(renamed).name == "Stable Diffusion 1"

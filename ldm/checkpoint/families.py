@@ -22,6 +22,7 @@ class Family:
     config: the YAML that builds it, None where there is none yet. script: the command that it is for. note: what else
     is built from weights of the same names and shapes. eps: its YAML where `config` is for a network that predicts v
     and this one turns out to predict the noise. instead: what to do with a file that is no model by itself.
+    watermark: what its original writes into pictures.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     note: str = ""
     eps: str | None = None
     instead: str = ""
+    watermark: str = "StableDiffusionV1"
 
     def advice(self) -> str:
         """What to do with a file of this family, as a clause for an error message."""
@@ -57,6 +59,7 @@ DEPTH, UPSCALE = "scripts/depth2img.py", "scripts/upscale.py"
 VARIATION = "scripts/variation.py"
 LORA = "add it to a model with --lora FILE"
 EMBEDDING = "add its word to a model with --embedding FILE"
+SDV2 = "SDV2"  # Stability AI's watermark
 FOLDER = "name the folder that it is a part of, which has a model_index.json"
 
 # The first row that fits is the answer, so the particular stands before the general.
@@ -65,17 +68,19 @@ FAMILIES = (
     Family("Stable Diffusion XL refiner", None, None, {"conditioner.embedders.0.model.ln_final.weight": (1280,)}),
     Family("ControlNet", None, None, {"control_model.*": None}),
     Family("Stable Diffusion x4 upscaler", f"{SD}/x4-upscaling.yaml", UPSCALE,
-           unet(256, 7, model__diffusion_model__label_emb__weight=None)),
+           unet(256, 7, model__diffusion_model__label_emb__weight=None), watermark=SDV2),
     Family("x2 latent upscaler", f"{SD}/x2-latent-upscaling.yaml", f"{UPSCALE} --scale_factor 2",
            {"model.diffusion_model.time_embed.frequencies": None}),
-    Family("Stable Diffusion 2 depth-to-image", f"{SD}/v2-midas-inference.yaml", DEPTH, unet(320, 5, 1024)),
-    Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024)),
+    Family("Stable Diffusion 2 depth-to-image", f"{SD}/v2-midas-inference.yaml", DEPTH, unet(320, 5, 1024),
+           watermark=SDV2),
+    Family("Stable Diffusion 2 inpainting", f"{SD}/v2-inpainting-inference.yaml", INPAINT, unet(320, 9, 1024),
+           watermark=SDV2),
     Family("Stable unCLIP 2.1 (ViT-H)", f"{SD}/v2-1-stable-unclip-h-inference.yaml", VARIATION,
-           unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=(1280, 2048))),
+           unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=(1280, 2048)), watermark=SDV2),
     Family("Stable unCLIP 2.1 (ViT-L)", f"{SD}/v2-1-stable-unclip-l-inference.yaml", VARIATION,
-           unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=(1280, 1536))),
+           unet(320, 4, 1024, model__diffusion_model__label_emb__0__0__weight=(1280, 1536)), watermark=SDV2),
     Family("Stable Diffusion 2", f"{SD}/v2-inference-v.yaml", TXT2IMG, unet(320, 4, 1024),
-           "v2-inference.yaml for the base models", eps=f"{SD}/v2-inference.yaml"),
+           "v2-inference.yaml for the base models", eps=f"{SD}/v2-inference.yaml", watermark=SDV2),
     Family("Stable Diffusion image variations", f"{SD}/sd-image-variations.yaml", VARIATION,
            unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
     Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),

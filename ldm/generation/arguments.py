@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from ldm.errors import RequestError
 from ldm.generation import settings
-from ldm.generation.options import MEMORIES, PRECISIONS, SAFETY_ACTIONS, WATERMARK, ModelOptions, RunOptions
+from ldm.generation.options import MEMORIES, PRECISIONS, SAFETY_ACTIONS, WATERMARKS, ModelOptions, RunOptions
 from ldm.generation.request import (
     ETA_SAMPLERS,
     LONG_PROMPTS,
@@ -214,8 +214,9 @@ def add_output(
                        help=f"pictures in a row of the grid; 0 takes {batch_option[2:]} (default: %(default)s)")
     group.add_argument("--skip_grid", action="store_true", help="write no grid")
     group.add_argument("--skip_save", action="store_true", help="write no single pictures")
-    group.add_argument("--watermark", type=lambda text: "" if text == "off" else text, default=WATERMARK,
-                       metavar="TEXT", help="invisible watermark; off writes none (default: %(default)s)")
+    group.add_argument("--watermark", type=lambda text: "" if text == "off" else text, metavar="TEXT",
+                       help="invisible watermark; off writes none (default: that of the model's original, "
+                       f"{' or '.join(WATERMARKS)})")
     group.add_argument("--safety", choices=SAFETY_ACTIONS, default=RunOptions.safety,
                        help="what is done with a picture that the safety checker flags; auto flags it where the "
                        "checker's weights are at hand (default: %(default)s)")

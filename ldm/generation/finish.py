@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ldm.generation.options import RunOptions
+from ldm.generation.options import WATERMARKS, RunOptions
 from ldm.generation.pipeline import Picture
 from ldm.generation.request import Request
 from ldm.image.watermark import load_package, stamp
@@ -34,7 +34,7 @@ class Finisher:
     """Checks and marks pictures as the options say."""
 
     def __init__(self, options: RunOptions):
-        self.text = options.watermark
+        self.text = WATERMARKS[0] if options.watermark is None else options.watermark
         if self.text:
             load_package()  # what is missing is told now, not after the first picture
         self._noted: set[str] = set()

@@ -139,6 +139,8 @@ def open_run(
     check_outdir(options.outdir)
     adapters = read_adapters(model)
     finish = Finisher(options)
+    if options.watermark is None:
+        finish.text = open_checkpoint(chosen.checkpoint).family.watermark
     precision = pick_precision(model.precision, device)
     logger.debug("%s, built as %s says, on %s in %s precision", chosen.checkpoint, chosen.config, device, precision)
     memory = pick_memory(model.memory, device, weigh(chosen.checkpoint, DTYPES[precision]))
@@ -158,7 +160,7 @@ def open_run(
         "precision": precision,
         "memory": memory,
         "use_ema": model.use_ema,
-        "watermark": options.watermark,
+        "watermark": finish.text,
         "safety": options.safety,
         **adapters.told,
     }

@@ -11,7 +11,7 @@ from ldm.generation.request import check_choice
 PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
 MEMORIES = ("auto", "low", "lowest")
 SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
-WATERMARK = "StableDiffusionV1"
+WATERMARKS = ("StableDiffusionV1", "SDV2")  # what the originals write into their pictures, the first by default
 INTERRUPTED = 130  # the exit code
 AHEAD = 16  # batches: how far a row is looked for that can join another
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,7 +48,8 @@ class RunOptions:
     """How many pictures, in what groups, and what is done with each.
 
     batch_size: pictures sampled together. n_iter: how often the whole list of requests is gone through.
-    n_rows: pictures in a row of the grid, 0 for the batch size. watermark: the text to embed, "" for none.
+    n_rows: pictures in a row of the grid, 0 for the batch size. watermark: the text to embed, "" for none, None for
+    that of the model's original.
     stop_on_error: end at the first picture that fails. go_on: with the run of the same rows that is in the folder.
     preview: steps from one preview to the next, 0 for none. xy: the axes of the grid, where the rows are its cells, row
     by row (`ldm.generation.axes`).
@@ -60,7 +61,7 @@ class RunOptions:
     n_rows: int = 0
     skip_grid: bool = False
     skip_save: bool = False
-    watermark: str = WATERMARK
+    watermark: str | None = None
     safety: str = "auto"
     stop_on_error: bool = False
     go_on: bool = False

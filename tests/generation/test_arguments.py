@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.generation import arguments
-from ldm.generation.options import WATERMARK, ModelOptions, RunOptions
+from ldm.generation.options import ModelOptions, RunOptions
 from ldm.generation.request import Request
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_wrong_usage_is_one_line_with_the_name_of_the_script(capsys, monkeypatch
 
 
 def test_a_watermark_is_a_text_or_off():
-    assert parse("txt2img").watermark == WATERMARK == RunOptions.watermark
+    assert parse("txt2img").watermark is RunOptions.watermark is None
     assert parse("txt2img", "--watermark", "mine").watermark == "mine"
     assert parse("txt2img", "--watermark", "off").watermark == ""
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import write_model
 
+from ldm.checkpoint import Family
+from ldm.checkpoint.families import FIRST
 from ldm.data.shapes import FORMS
 from ldm.errors import CheckpointError, ConfigError, DeviceError, ImageError, MissingExtra, RequestError
 from ldm.generation.loading import choose, open_run
@@ -153,6 +155,20 @@ def test_a_run_knows_its_device_and_precision(model, tmp_path):
     assert run.recorder.how | {"device": "cpu", "precision": "bf16", "use_ema": None} == run.recorder.how
     assert next(run.pipeline.model.parameters()).dtype == torch.bfloat16
     assert run.pipeline.model.betas.dtype == torch.float32
+
+
+def test_a_watermark_that_is_not_named_is_that_of_the_family(model, monkeypatch, tmp_path):
+    def text(**given) -> str:
+        run = open_run([Row(Request())], options, RunOptions(outdir=str(tmp_path), safety="off", **given), print,
+                       choose(options))
+        assert run.finish.text == run.recorder.how["watermark"]
+        return run.finish.text
+
+    options = ModelOptions(ckpt=str(model), device="cpu", precision="full")
+    assert text() == "StableDiffusionV1"
+    second = Family("Tiny 2", None, None, {FIRST: (32, 4, 3, 3)}, watermark="SDV2")
+    monkeypatch.setattr("ldm.checkpoint.families.FAMILIES", (second,))
+    assert [text(), text(watermark="mine"), text(watermark="")] == ["SDV2", "mine", ""]
 
 
 def test_a_config_that_does_not_exist_is_a_config_error(model):

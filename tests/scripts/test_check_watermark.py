@@ -53,8 +53,12 @@ def test_one_picture_without_the_mark_fails_the_check_and_the_others_are_still_r
 
 
 def test_another_text_can_be_looked_for(folder):
-    assert check(folder / "other.png", "--text", "SDV2").returncode == 0
-    assert check(folder / "other.png").returncode == 1
+    assert check(folder / "marked.png", "--text", "StableDiffusionV1").returncode == 0
+    assert check(folder / "other.png", "--text", "StableDiffusionV1").returncode == 1
+
+
+def test_the_texts_of_all_originals_are_looked_for(folder):
+    assert check(folder / "other.png").stdout.split("\t")[1:] == ["SDV2", "dwtDct\n"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--text", "", "a.png"], ["--unknown", "a.png"]])
@@ -73,4 +77,4 @@ def test_help_shows_the_default_and_loads_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True, check=True)
     assert run.stdout.endswith("\n0 []\n")
-    assert f"(default: {TEXT})" in run.stdout
+    assert f"(default: {TEXT}" in run.stdout
