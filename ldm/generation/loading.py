@@ -133,7 +133,8 @@ def open_run(
     Raises RequestError, ModelError, OutOfMemory.
     """
     device = pick_device(model.device)
-    check_rows(rows, Pipeline(build_model(chosen.config), chosen.geometry).check)
+    outline = build_model(chosen.config)
+    check_rows(rows, Pipeline(outline, chosen.geometry).check)
     if chosen.grammar:
         check_prompts(rows, chosen.grammar)
     check_outdir(options.outdir)
@@ -153,6 +154,7 @@ def open_run(
             dtype=DTYPES[precision],
             use_ema=model.use_ema,
             mapped=saving.network,
+            outline=outline,
         )
         adapters.put_into(loaded)
     how = {

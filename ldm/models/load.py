@@ -46,19 +46,21 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     use_ema: bool | None = None,
     mapped: bool = False,
+    outline: nn.Module | None = None,
 ) -> nn.Module:
     """The model that a config describes, with the weights of a checkpoint, in eval mode and frozen.
 
     dtype: of the weights; what the model computes by itself, such as the schedule, keeps its own. use_ema: run the
     averaged weights; None does so if the config keeps them and the file has them. The model owns its memory: the file
     may go; unless it is `mapped`: on the CPU, weights that have the dtype already stay in the file, from where the
-    system reads them as they are needed, and takes them back.
+    system reads them as they are needed, and takes them back. outline: what `build_model` makes of the config, where it
+    has been built already; it becomes the model.
 
     Raises ConfigError, CheckpointError (with the family of a checkpoint that another config is for), OutOfMemory.
     """
     section, source = _section(config)
     file = open_checkpoint(checkpoint)
-    model = build_model(config)
+    model = outline or build_model(config)
     weights = file.tensors
     if _wants_ema(section, file) if use_ema is None else use_ema:
         if not file.has_ema:
