@@ -2,10 +2,12 @@
 
   python scripts/upscale.py --init-img small.png --prompt "a white cat"
   python scripts/upscale.py --init-img small.png --scale_factor 2 --steps 20 --scale 1
+  python scripts/upscale.py --init-img 00000.png --depth-img 00000_depth.png --scale_factor 2 --ckpt ldm3d-sr/
 
 A prompt that says what is seen helps. The picture is taken as it is, of any size; a long one is drawn in overlapping
 tiles, which are blended at every step. --noise_level says how much of it may be flaws, such as those of JPEG.
---scale_factor 2 takes the latent upscaler, which was made for what Stable Diffusion 1 and 2 draw.
+--scale_factor 2 takes the latent upscaler, which was made for what Stable Diffusion 1 and 2 draw. LDM3D's upscaler
+enlarges a picture and its depth (--depth-img) together.
 Writes OUTDIR/samples/00000.png and OUTDIR/grid-0000.png, going on from the highest number there, and prints each path.
 Exit codes: 0 all made, 1 some failed, 2 wrong usage, 3 no model, 4 out of memory, 130 interrupted.
 """
@@ -18,7 +20,7 @@ from ldm.generation.request import UPSCALER_NOISE, Request
 
 # By the factor: where the model is.
 MODELS = {4: "models/ldm/stable-diffusion-x4-upscaler/model.ckpt", 2: "models/ldm/sd-x2-latent-upscaler"}
-MADE_FOR = ["LatentUpscaleDiffusion", "LatentUpscale2xDiffusion"]
+MADE_FOR = ["LatentUpscaleDiffusion", "LatentUpscale2xDiffusion", "LatentUpscaleDepthDiffusion"]
 
 
 def add_request(parser: arguments.Parser) -> None:
@@ -26,6 +28,7 @@ def add_request(parser: arguments.Parser) -> None:
     arguments.add_prompts(parser, "")
     group = parser.add_argument_group("what to enlarge")
     group.add_argument("--init-img", metavar="FILE", help="the small picture")
+    group.add_argument("--depth-img", metavar="FILE", help="its depth, for LDM3D's upscaler")
     group.add_argument("--noise_level", type=int, default=Request.noise_level, metavar="N",
                        help="noise on the small picture of the x4 upscaler, 0 to 350: with more, more of it may be "
                        f"flaws (default: {UPSCALER_NOISE})")

@@ -93,6 +93,11 @@ KINDS = {
         "noise_aug_config": AUGMENTATION, "unet_config.params.num_classes": "sequential",
         "unet_config.params.adm_in_channels": 128,
     }),
+    "rgbd-x2": ("tiny", {
+        "target": "ldm.models.diffusion.ddpm.LatentUpscaleDepthDiffusion", "cond_stage_config": TEXT_ENCODER,
+        "conditioning_key": "hybrid", "enlarges": 2, "unet_config.params.in_channels": 8,
+        **{f"first_stage_config.params.ddconfig.{name}": 4 for name in ("in_channels", "out_ch")},
+    }),
     "classes": ("tiny", {"cond_stage_config": CLASSES, "cond_stage_key": "class_label"}),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ UNET, VAE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.au
 CLIP, OPEN_CLIP = (f"ldm.modules.encoders.modules.{name}" for name in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"))
 PICTURE_CLIP, PICTURE_UNCLIP, PICTURE_OPEN_CLIP, AUGMENTATION = (f"ldm.modules.encoders.modules.{name}" for name in (
     "FrozenCLIPImageEmbedder", "ClipImageEmbedder", "FrozenOpenCLIPImageEmbedder", "CLIPEmbeddingNoiseAugmentation"))
+UPSCALE_DEPTH = "ldm.models.diffusion.ddpm.LatentUpscaleDepthDiffusion"
 DEPTH, UPSCALE_2X = "ldm.modules.midas.api.MiDaSInference", "ldm.models.diffusion.ddpm.LatentUpscale2xDiffusion"
 K_UNET = "ldm.modules.diffusionmodules.kunet.KUNetModel"
 STATES_AND_WHOLE = "ldm.modules.encoders.upscaler.FrozenCLIPStatesAndWhole"
@@ -73,7 +74,12 @@ def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping) -
         target, params = UNCLIP, params | unclip_params(folder, unet)
     if (folder / "depth_estimator").is_dir():
         params["depth_stage_config"] = depth_stage(read_json(folder / "depth_estimator" / "config.json"))
-    if (folder / "low_res_scheduler").is_dir():
+    if vae["in_channels"] == 4 and beside == vae["latent_channels"]:
+        target, params = UPSCALE_DEPTH, params | {"enlarges": 2}
+        if classes := unet.get("num_class_embeds"):
+            params["conditioning_key"] = "hybrid-adm"
+            params["unet_config"]["params"]["num_classes"] = classes
+    elif (folder / "low_res_scheduler").is_dir():
         params |= low_scale_params(folder, unet)
     if unet.get("time_embedding_type") == "fourier":
         target, params = UPSCALE_2X, params | latent_upscaler_params(params, unet)

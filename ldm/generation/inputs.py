@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.errors import RequestError
 from ldm.generation.geometry import Geometry
 from ldm.generation.request import Request
-from ldm.image.io import fill_up, fit, read_depth, read_image, read_mask, to_array
+from ldm.image.io import fill_up, fit, read_depth, read_image, read_mask, read_shares, to_array
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,9 @@ def read_inputs(request: Request, geometry: Geometry) -> Inputs:
         return Inputs(*geometry.size(request))
     if request.varies:
         return Inputs(*geometry.size(request), _read_whole(request.init_img, fingerprint(request.init_img)))
+    if geometry.image_channels != 3 and geometry.enlarges > 1:
+        files = tuple(path and fingerprint(path) for path in (request.init_img, request.depth_img))
+        return _read_pair(request.init_img, request.depth_img, geometry, files)
     if geometry.image_channels != 3:
         raise RequestError("this model draws a picture and its depth, from a prompt alone: use scripts/txt2img.py")
     paths = request.init_img, request.mask, request.depth_img
@@ -95,6 +98,21 @@ def fingerprint(path: str) -> tuple | None:
 def _read_whole(path: str, file: tuple | None) -> Image.Image:
     """As it is, once for as long as `file` tells that it is the same."""
     return read_image(path)
+
+
+@lru_cache(maxsize=4)
+def _read_pair(init_img: str, depth_img: str, geometry: Geometry, files: tuple) -> Inputs:
+    """A picture and its depth at the size to which they are enlarged, in multiples of what can be drawn."""
+    image, depth = read_image(init_img), read_shares(depth_img)
+    if image.size != depth.size:
+        raise RequestError(f"the depth map {depth_img} must have the size of {init_img}, {image.width}x{image.height}; "
+                           f"it is {depth.width}x{depth.height}")
+    large = image.resize([geometry.enlarges * side for side in image.size], Image.Resampling.LANCZOS)
+    fitted = fit(large, geometry.step)
+    if fitted.changed:
+        logger.warning("%s is drawn at %dx%d", init_img, *fitted.image.size)
+    shares = np.asarray(depth.resize(fitted.image.size, Image.Resampling.LANCZOS)).clip(0, 1)
+    return Inputs(*fitted.image.size, image.resize(fitted.image.size, Image.Resampling.LANCZOS), depth=2 * shares - 1)
 
 
 @lru_cache(maxsize=4)

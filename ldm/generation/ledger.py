@@ -163,7 +163,7 @@ def settings_hash(request: Request, recorder: Recorder) -> str:
     """A hash of all that makes a picture what it is: its request, its input pictures, the model and how it is run."""
     facts = {
         "request": asdict(request),
-        "files": [checkpoint_hash(path) for path in (request.init_img, request.mask) if path],
+        "files": [checkpoint_hash(path) for path in (request.init_img, request.mask, request.depth_img) if path],
         "run": recorder.how,
         "model": recorder.sha256,
     }

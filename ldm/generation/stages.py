@@ -23,6 +23,7 @@ from ldm.models.diffusion.ddpm import (
     LatentEditDiffusion,
     LatentInpaintDiffusion,
     LatentUpscale2xDiffusion,
+    LatentUpscaleDepthDiffusion,
     LatentUpscaleDiffusion,
 )
 from ldm.modules.encoders.image import ImageEncoder
@@ -34,6 +35,8 @@ REPAINTS = "this model repaints a part of a picture: use scripts/inpaint.py with
 VARIES = "this model draws variations of a picture: use scripts/variation.py with --init-img"
 EDITS = "this model edits a whole picture as the prompt says: use scripts/edit.py with --init-img"
 UPSCALES = "this model enlarges a picture: use scripts/upscale.py with --init-img"
+UPSCALES_PAIR = ("this model enlarges a picture with its depth: use scripts/upscale.py with --init-img, --depth-img "
+                 "and --scale_factor 2")
 KEEPS_DEPTH = "this model keeps the depth of a picture: use scripts/depth2img.py with --init-img"
 
 
@@ -96,7 +99,7 @@ def check(model: LatentDiffusion, request: Request) -> None:
     if request.image_scale is not None and not isinstance(model, LatentEditDiffusion):
         raise RequestError("this model does not edit pictures as a prompt says: use scripts/img2img.py, or name an "
                            "InstructPix2Pix checkpoint with --ckpt")
-    if request.depth_img and not isinstance(model, LatentDepth2ImageDiffusion):
+    if request.depth_img and not isinstance(model, LatentDepth2ImageDiffusion | LatentUpscaleDepthDiffusion):
         raise RequestError("this model does not look at depth: leave --depth-img out, or name a depth-to-image "
                            "checkpoint with --ckpt")
     check_picture(model, request)
@@ -267,6 +270,19 @@ def small_latent(
     return {"c_concat": [functional.interpolate(latent, size, mode="nearest")]}
 
 
+def pair_latent(
+    model: LatentUpscaleDepthDiffusion, batch: Sequence[Request], given: Given, size: tuple[int, int], draw: Noise
+) -> dict:
+    """The latent of the small picture and its depth, which have been resized to what is drawn.
+
+    No noise is added to it; a network that asks for the level of some is told one all the same.
+    """
+    told: dict = {"c_concat": [first_latent(model, torch.cat([given.image, given.depth], dim=1))]}
+    if model.model.conditioning_key == "hybrid-adm":
+        told["c_adm"] = torch.full((len(batch),), UPSCALER_NOISE, device=given.image.device)
+    return told
+
+
 def enlarges(request: Request) -> bool:
     """Whether a request is for a larger copy of a whole picture, and no more."""
     plain = request.mask is None and not request.width and not request.height and request.strength == 1.0
@@ -279,8 +295,8 @@ def check_noise_level(model: LatentUpscaleDiffusion, request: Request) -> None:
         check_range("noise_level", request.noise_level, 0, model.low_scale_model.max_noise_level)
 
 
-def check_no_noise_level(model: LatentUpscale2xDiffusion, request: Request) -> None:
-    """Raise RequestError for a noise level, of which the model is always told that it is 0."""
+def check_no_noise_level(model: LatentDiffusion, request: Request) -> None:
+    """Raise RequestError for a noise level where no noise is added to the small picture."""
     if request.noise_level is not None:
         raise RequestError("this model takes the small picture as it is: leave --noise_level out")
 
@@ -352,6 +368,9 @@ BESIDE: dict[type[LatentDiffusion], Beside] = {
     LatentDepth2ImageDiffusion: Beside(
         depth_of, lambda request: request.init_img is not None and request.mask is None, KEEPS_DEPTH),
     LatentUpscale2xDiffusion: Beside(small_latent, enlarges, UPSCALES, check_no_noise_level),
+    LatentUpscaleDepthDiffusion: Beside(
+        pair_latent, lambda request: enlarges(request) and request.depth_img is not None, UPSCALES_PAIR,
+        check_no_noise_level),
     LatentUpscaleDiffusion: Beside(low_scale, enlarges, UPSCALES, check_noise_level),
     LatentEditDiffusion: Beside(
         lambda model, batch, given, size, draw: {"c_concat": [encode(model, given.image)]},

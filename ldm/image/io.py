@@ -103,6 +103,19 @@ def read_depth(path: str | Path) -> np.ndarray:
     return depth
 
 
+def read_shares(path: str | Path) -> Image.Image:
+    """Read a depth map as `to_depth` makes them, or of 8 bits, as the share of white (mode F, 0 to 1).
+
+    Raises ImageError as `read_image` does, and for one of another kind.
+    """
+    with open_image(path) as image:
+        image.load()
+        if image.mode not in ("I;16", "I", "L"):
+            raise ImageError(f"the depth map {path} must be grey, of 8 or 16 bits, got a picture of mode {image.mode}")
+        white = 2**8 - 1 if image.mode == "L" else 2**16 - 1
+        return Image.fromarray(np.array(image, dtype=np.float32) / white)
+
+
 def fit(image: Image.Image, multiple: int = 64) -> Fitted:
     """Resize a picture (Lanczos) so that each side is a multiple, rounded down, of at least one multiple."""
     size = tuple(max(multiple, side - side % multiple) for side in image.size)

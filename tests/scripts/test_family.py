@@ -32,6 +32,7 @@ CELLS = [
     ("x4", "upscale", ("--init-img", "small.png"), 64),
     ("x2", "upscale", ("--init-img", "small.png", "--scale_factor", 2), 32),
     ("rgbd", "txt2img", NEW, 32),
+    ("rgbd-x2", "upscale", ("--init-img", "small.png", "--depth-img", "small_depth.png", "--scale_factor", 2), 32),
     ("variation", "variation", (*PICTURE, *NEW), 32),
     ("unclip", "variation", (*PICTURE, *NEW), 32),
     ("pairs", "inpaint", MASKED, 32),
@@ -50,6 +51,7 @@ STRANGERS = [
     ("x4", "img2img", "upscale.py"),
     ("x2", "txt2img", "upscale.py"),
     ("rgbd", "img2img", "txt2img.py"),
+    ("rgbd-x2", "txt2img", "upscale.py"),
     ("variation", "txt2img", "variation.py"),
     ("unclip", "img2img", "variation.py"),
     ("pairs", "txt2img", "inpaint.py"),
@@ -60,10 +62,11 @@ STRANGERS = [
 
 @pytest.fixture(autouse=True)
 def pictures(tmp_path):
-    """A picture of 32x32 pixels, its quarter, and a mask of its left half, in the working folder."""
+    """A picture of 32x32 pixels, its quarter with a depth map, and a mask of its left half, in the working folder."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     Image.fromarray(pixels[:16, :16]).save(tmp_path / "small.png")
+    Image.fromarray(pixels[:16, :16, 0]).save(tmp_path / "small_depth.png")
     mask = Image.new("L", (32, 32))
     mask.paste(255, (0, 0, 16, 32))
     mask.save(tmp_path / "mask.png")

@@ -70,3 +70,45 @@ def test_a_picture_to_start_from_is_refused_with_the_script_that_draws(script, m
     done = script("img2img", "--ckpt", models["rgbd"], *SMALL, "--init-img", photo)
     assert done.code == 2
     assert "depth" in done.said and "scripts/txt2img.py" in done.said
+
+
+@pytest.fixture
+def enlarge(script, models, photo):
+    """Run upscale.py on a picture of 64x64 pixels and its depth."""
+    Image.fromarray(np.arange(64**2, dtype=np.uint16).reshape(64, 64) * 16).save("depth.png")
+
+    def run(*options: object):
+        pair = ("--ckpt", models["rgbd-x2"], "--init-img", photo, "--scale_factor", 2)
+        return script("upscale", *pair, *SMALL, *options)
+
+    return run
+
+
+def test_a_picture_and_its_depth_are_enlarged_together(enlarge):
+    Image.fromarray(65535 - np.array(opened("depth.png"))).save("other.png")
+    done, other = (enlarge("--depth-img", name, "--outdir", name[:-4]) for name in ("depth.png", "other.png"))
+    assert done.out == ["depth/samples/00000.png", "depth/samples/00000_depth.png", "depth/grid-0000.png"]
+    sizes = [(opened(path).mode, opened(path).size) for path in done.out[:2]]
+    assert sizes == [("RGB", (128, 128)), ("I;16", (128, 128))]
+    assert opened(done.out[0]).tobytes() != opened(other.out[0]).tobytes()
+    again = enlarge("--depth-img", "depth.png", "--outdir", "depth", "--resume")
+    assert again.out[-1:] == ["depth/grid-0000.png"]
+    assert len(again.out) == 1
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ((), ["--depth-img"]),
+    (("--depth-img", "nowhere.png"), ["there is no picture at nowhere.png"]),
+    (("--depth-img", "photo.png"), ["grey", "RGB"]),
+    (("--depth-img", "depth.png", "--scale_factor", 4), ["2 times", "--scale_factor 2"]),
+    (("--depth-img", "depth.png", "--noise_level", 3), ["leave --noise_level out"]),
+])
+def test_a_pair_that_cannot_be_enlarged_is_one_line_that_says_what_to_do(enlarge, options, words):
+    done = enlarge(*options)
+    assert done.code == 2
+    assert all(word in done.said for word in words)
+
+
+def test_a_depth_map_of_another_size_is_refused(enlarge):
+    opened("depth.png").resize((32, 64)).save("narrow.png")
+    assert "must have the size of" in enlarge("--depth-img", "narrow.png").said

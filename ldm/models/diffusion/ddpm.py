@@ -30,6 +30,7 @@ VARIANTS = (
     "LatentFinetuneDiffusion",
     "LatentInpaintDiffusion",
     "LatentUpscale2xDiffusion",
+    "LatentUpscaleDepthDiffusion",
     "LatentUpscaleDiffusion",
     "LatentUpscaleFinetuneDiffusion",
     "Layout2ImgDiffusion",

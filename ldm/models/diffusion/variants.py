@@ -196,6 +196,22 @@ class LatentUpscaleDiffusion(ManyConditions):
         return super().condition_images(batch, c, raw, x) | {"x_lr": self.image(batch, self.low_scale_key, x)}
 
 
+class LatentUpscaleDepthDiffusion(ManyConditions):
+    """Adds detail to a picture with depth (Stan et al. 2023, LDM3D-SR): c_concat is its latents, resized by `enlarges`.
+
+    batch[low_scale_key]: (b, h, w, 4) in [-1, 1], the colours and the depth, resized to the pictures that are learnt.
+    """
+
+    def __init__(self, *args, enlarges: int = 2, low_scale_key: str = "LR", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.enlarges = enlarges
+        self.low_scale_key = low_scale_key
+
+    def more_conditions(self, batch: Mapping, z: Tensor) -> dict:
+        posterior = self.encode_first_stage(self.image(batch, self.low_scale_key, z))
+        return {"c_concat": [self.get_first_stage_encoding(posterior)]}
+
+
 class LatentUpscale2xDiffusion(LatentDiffusion):
     """Doubles the sides of a latent: c_concat is the small one at the size of z, the network one of k-diffusion.
 
