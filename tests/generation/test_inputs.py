@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldm.errors import ImageError, RequestError
 from ldm.generation.geometry import Geometry
-from ldm.generation.inputs import read_inputs
+from ldm.generation.inputs import Given, read_inputs
 from ldm.generation.request import Request
 
 TINY = Geometry(channels=4, factor=4, side=64, step=16)
@@ -21,7 +21,7 @@ def read(**settings):
 def test_a_request_that_starts_from_nothing_has_a_size_alone():
     inputs = read(width=32)
     assert inputs.size == (32, 64)
-    assert inputs.tensors(torch.device("cpu")) == (None, None, None)
+    assert inputs.tensors(torch.device("cpu")) == Given()
 
 
 def test_a_picture_keeps_its_size_in_whole_steps(photo, tmp_path, caplog):
@@ -42,7 +42,7 @@ def test_a_size_that_is_asked_for_wins_over_that_of_the_picture(photo):
 
 
 def test_tensors_are_in_the_range_that_models_are_trained_on(photo, mask):
-    image, painted, _ = read(init_img=photo, mask=mask).tensors(torch.device("cpu"))
+    image, painted, *_ = read(init_img=photo, mask=mask).tensors(torch.device("cpu"))
     pixels = torch.from_numpy(np.array(Image.open(photo))).permute(2, 0, 1)[None]
     torch.testing.assert_close(image, pixels / 127.5 - 1)
     assert painted.shape == (1, 1, 32, 32)
