@@ -56,6 +56,12 @@ def test_an_autoencoder_that_also_draws_depth_makes_it_ldm3d(channels, name):
     assert family.script == "scripts/txt2img.py"
 
 
+def test_an_upscaler_of_pictures_with_depth_is_no_instruct_pix2pix():
+    latents = {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}
+    depth = {"first_stage_model.decoder.conv_out.weight": (4, 128, 3, 3)}
+    assert identify(shapes("sd-v1") | latents | depth).name == "LDM3D upscaler"
+
+
 @pytest.mark.parametrize(("width", "letter"), [(2048, "h"), (1536, "l")])
 def test_stable_unclip_is_told_by_the_width_of_what_it_sees(width, letter):
     family = identify(shapes("sd-v2-v") | {"model.diffusion_model.label_emb.0.0.weight": (1280, width)})

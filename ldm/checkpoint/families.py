@@ -84,6 +84,8 @@ FAMILIES = (
     Family("Stable Diffusion image variations", f"{SD}/sd-image-variations.yaml", VARIATION,
            unet(320, 4, 768, cond_stage_model__model__visual__conv1__weight=None)),
     Family("Stable Diffusion 1.5 inpainting", f"{SD}/v1-inpainting-inference.yaml", INPAINT, unet(320, 9, 768)),
+    Family("LDM3D upscaler", None, f"{UPSCALE} --depth-img FILE --scale_factor 2",
+           {FIRST: (None, 8, 3, 3), DECODED: (4, 128, 3, 3)}),
     Family("InstructPix2Pix", f"{SD}/instruct-pix2pix.yaml", EDIT, unet(320, 8, 768)),
     Family("LDM3D", f"{SD}/ldm3d.yaml", TXT2IMG, unet(320, 4, 768, **{DECODED: (6, 128, 3, 3)})),
     Family("LDM3D-4C", f"{SD}/ldm3d-4c.yaml", TXT2IMG, unet(320, 4, 768, **{DECODED: (4, 128, 3, 3)})),
