@@ -8,7 +8,7 @@ from ldm.checkpoint import open_checkpoint
 from ldm.checkpoint.families import CONTEXT
 from ldm.models.load import assign, build_model, match
 
-SIDE = 16  # of the latents: small, and still enough numbers for a correlation
+SIDE = 8  # of the latents: as small as the network takes, and still enough numbers for a correlation
 NETWORK = "model."
 
 
