@@ -18,6 +18,13 @@ TARGET_PREFIXES = {
     "stable_diffusion.ldm.": "ldm.",
     "taming.data.": "ldm.data.",
     "taming.modules.": "ldm.modules.",
+    "sgm.": "ldm.",
+    "sgm.models.autoencoder.AutoencoderKLInferenceWrapper": "ldm.models.autoencoder.AutoencoderKL",
+    "sgm.models.diffusion.": "ldm.models.diffusion.engine.",
+    "sgm.modules.GeneralConditioner": "ldm.modules.encoders.modules.GeneralConditioner",
+    "sgm.modules.diffusionmodules.denoiser_scaling.": "ldm.modules.diffusionmodules.denoiser.",
+    "sgm.modules.diffusionmodules.denoiser_weighting.": "ldm.modules.diffusionmodules.denoiser.",
+    "sgm.modules.diffusionmodules.discretizer.": "ldm.modules.diffusionmodules.denoiser.",
 }
 
 # A stage that YAML names by a word instead of a config: there is nothing to build.

@@ -19,6 +19,7 @@ def add_request(parser: arguments.Parser) -> None:
     arguments.add_picture(parser, strength=0.75)
     arguments.add_sampling(parser, sampler="ddim", scale=5.0)
     arguments.add_size(parser)
+    arguments.add_measures(parser)
 
 
 def parse(argv: list[str] | None = None):
@@ -27,6 +28,7 @@ def parse(argv: list[str] | None = None):
     arguments.add_rows(parser)
     arguments.add_latents(parser)
     arguments.add_model(parser)
+    arguments.add_refiner(parser)
     arguments.add_output(parser, "outputs/img2img-samples", n_iter=1, batch_size=2)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)

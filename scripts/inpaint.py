@@ -27,6 +27,7 @@ def add_request(parser: arguments.Parser) -> None:
     group.add_argument("--mask", metavar="FILE", help="white is repainted; of any size")
     arguments.add_sampling(parser, sampler="ddim", scale=7.5)
     arguments.add_size(parser)
+    arguments.add_measures(parser)
 
 
 def parse(argv: list[str] | None = None):
@@ -35,6 +36,7 @@ def parse(argv: list[str] | None = None):
     arguments.add_rows(parser)
     parser.add_argument("--indir", metavar="DIR", help=f"repaint each pair in it, by default with {INPAINTING_BIG}")
     arguments.add_model(parser)
+    arguments.add_refiner(parser)
     arguments.add_output(parser, "outputs/inpaint-samples", n_iter=1, batch_size=1)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)

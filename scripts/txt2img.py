@@ -23,6 +23,7 @@ def add_request(parser: arguments.Parser) -> None:
     arguments.add_prompts(parser, "a painting of a virus monster playing guitar")
     arguments.add_sampling(parser, sampler="plms", scale=7.5)
     arguments.add_size(parser)
+    arguments.add_measures(parser)
 
 
 def parse(argv: list[str] | None = None):
@@ -31,6 +32,7 @@ def parse(argv: list[str] | None = None):
     arguments.add_rows(parser)
     arguments.add_latents(parser)
     arguments.add_model(parser)
+    arguments.add_refiner(parser)
     parser.add_argument("--laion400m", action="store_true", help="take the LAION-400M model at its usual place")
     arguments.add_output(parser, "outputs/txt2img-samples", n_iter=2, batch_size=3)
     arguments.add_replay(parser)

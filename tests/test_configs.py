@@ -26,6 +26,7 @@ CONFIGS = [
     "stable-diffusion/x4-upscaling",
     "stable-diffusion/v2-1-stable-unclip-h-inference",
     "stable-diffusion/v2-1-stable-unclip-l-inference",
+    "stable-diffusion/sd_xl_base", "stable-diffusion/sd_xl_refiner",
 ]  # fmt: skip
 FIRST_STAGES = ["kl-f4", "kl-f8", "kl-f16", "kl-f32", "vq-f4", "vq-f4-noattn", "vq-f8", "vq-f8-n256", "vq-f16"]
 MODELS = [
@@ -50,6 +51,8 @@ LAYOUTS = {
     "configs/stable-diffusion/v2-midas-inference.yaml": "sd-v2-depth",
     "configs/stable-diffusion/x4-upscaling.yaml": "sd-x4-upscaler",
     "configs/stable-diffusion/sd-image-variations.yaml": "sd-image-variations",
+    "configs/stable-diffusion/sd_xl_base.yaml": "sdxl-base",
+    "configs/stable-diffusion/sd_xl_refiner.yaml": "sdxl-refiner",
     "configs/latent-diffusion/txt2img-1p4B-eval.yaml": "ldm-txt2img-1p4B",
 }
 

@@ -313,6 +313,8 @@ def part_names(part: str, state: Mapping[str, Tensor]) -> Names:
     """The names of one part, told by the weights under their names."""
     if part in NAMES:
         return NAMES[part](state)
+    if part == "text_encoder_2":
+        return open_clip_names(state)
     embedding = state.get("text_model.embeddings.token_embedding.weight")
     return open_clip_names(state) if embedding is not None and embedding.shape[-1] in OPEN_CLIP_BLOCKS else CLIP
 
@@ -343,12 +345,12 @@ def read_part(folder: MappedFolder, path: Path) -> dict[str, Tensor]:
 
 
 def add_unused(pieces: dict[str, dict[int, Tensor]], prefix: str) -> None:
-    """Zeros, which take no memory, for what OpenCLIP has and no Stable Diffusion 2 folder does."""
+    """Zeros, which take no memory, for what OpenCLIP has and no folder of Stable Diffusion 2, or XL, does."""
     words = pieces[f"{prefix}token_embedding.weight"][0]
     width = words.shape[-1]
     shapes = {f"{prefix}text_projection": (width, width), f"{prefix}logit_scale": ()}
     first = f"{prefix}transformer.resblocks.0."
-    last = f"{prefix}transformer.resblocks.{OPEN_CLIP_BLOCKS[width] - 1}."
+    last = f"{prefix}transformer.resblocks.{OPEN_CLIP_BLOCKS.get(width, 1) - 1}."
     for name, own in list(pieces.items()):
         if name.startswith(first):
             shapes[last + name.removeprefix(first)] = torch.cat([piece.to("meta") for piece in own.values()]).shape

@@ -1,6 +1,6 @@
 """The configs of a folder in the diffusers layout, read as YAML of ours and written from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ READ_ONLY = {
     3: ("ldm.models.diffusion.ddpm.LatentUpscaleDiffusion", "hybrid-adm", "StableDiffusionUpscalePipeline"),
 }
 UNET, VAE = "ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.autoencoder.AutoencoderKL"
-CLIP, OPEN_CLIP = (f"ldm.modules.encoders.modules.{name}" for name in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"))
 PICTURE_CLIP, PICTURE_UNCLIP, PICTURE_OPEN_CLIP, AUGMENTATION = (f"ldm.modules.encoders.modules.{name}" for name in (
     "FrozenCLIPImageEmbedder", "ClipImageEmbedder", "FrozenOpenCLIPImageEmbedder", "CLIPEmbeddingNoiseAugmentation"))
 UPSCALE_DEPTH = "ldm.models.diffusion.ddpm.LatentUpscaleDepthDiffusion"
@@ -33,6 +32,11 @@ K_UNET = "ldm.modules.diffusionmodules.kunet.KUNetModel"
 STATES_AND_WHOLE = "ldm.modules.encoders.upscaler.FrozenCLIPStatesAndWhole"
 LOW_SCALE = "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation"
 UNCLIP = "ldm.models.diffusion.ddpm.ImageEmbeddingConditionedLatentDiffusion"
+CLIP, OPEN_CLIP, OPEN_CLIP_2, NUMBERS, CONDITIONER = (f"ldm.modules.encoders.modules.{name}" for name in (
+    "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenOpenCLIPEmbedder2", "ConcatTimestepEmbedderND",
+    "GeneralConditioner"))
+ENGINE, DENOISER = "ldm.models.diffusion.engine.DiffusionEngine", "ldm.modules.diffusionmodules.denoiser"
+SCALINGS = {"eps": "EpsScaling", "v": "VScaling"}
 TRANSFORMER_LEVELS = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
@@ -44,10 +48,12 @@ def is_folder(path: str | Path) -> bool:
 
 def to_yaml(folder: Path) -> dict[str, Any]:
     """The config that the JSON files of a folder amount to. Raises ConfigError where there is no such model here."""
-    parts = {name: read_json(folder / name / "config.json") for name in ("unet", "vae")}
+    unet = read_json(folder / "unet" / "config.json")
+    build = engine_params if unet.get("addition_embed_type") == "text_time" else model_params
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    vae = read_json(folder / "vae" / "config.json")
     try:
-        return {"model": model_params(folder, schedule, **parts)}
+        return {"model": build(folder, schedule, unet, vae)}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"the configs in {folder} describe no model that is known here "
                           f"({type(error).__name__}: {error}): name its YAML with --config") from error
@@ -62,7 +68,7 @@ def model_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping) -
     params = {
         "linear_start": schedule["beta_start"], "linear_end": schedule["beta_end"],
         "beta_schedule": ours(BETAS, schedule["beta_schedule"]), "timesteps": schedule.get("num_train_timesteps", 1000),
-        "parameterization": ours(PREDICTIONS, schedule.get("prediction_type", "epsilon")),
+        "parameterization": prediction(schedule),
         "first_stage_key": "jpg", "cond_stage_key": "txt", "num_timesteps_cond": 1, "cond_stage_trainable": False,
         "image_size": unet.get("sample_size") or 64, "channels": vae["latent_channels"],
         "conditioning_key": conditioning, "scale_factor": vae.get("scaling_factor", 0.18215), "use_ema": False,
@@ -163,6 +169,53 @@ def picture_stage(folder: Path, target: str) -> dict[str, Any]:
     return {"target": target, "params": {"model": str(path)}}
 
 
+def engine_params(folder: Path, schedule: Mapping, unet: Mapping, vae: Mapping) -> dict[str, Any]:
+    """Of Stable Diffusion XL, whose UNet is also told a vector of the text, sizes, and a score or not."""
+    if ours(BETAS, schedule["beta_schedule"]) != "linear" or schedule.get("rescale_betas_zero_snr"):
+        raise ConfigError(f"{folder} has a noise schedule that is not known here: name its YAML with --config")
+    index = read_json(folder / INDEX)
+    scored = "aesthetic_score" if index.get("requires_aesthetics_score") else "target_size_as_tuple"
+    numbers = {"target": NUMBERS, "params": {"outdim": unet["addition_time_embed_dim"]}}
+    levels = {"linear_start": schedule["beta_start"], "linear_end": schedule["beta_end"],
+              "num_timesteps": schedule.get("num_train_timesteps", 1000)}  # fmt: skip
+    network = {"num_classes": "sequential", "adm_in_channels": unet["projection_class_embeddings_input_dim"]}
+    params = {
+        "scale_factor": vae.get("scaling_factor", 0.13025), "image_size": unet.get("sample_size") or 128,
+        "channels": vae["latent_channels"],
+        "denoiser_config": {"target": f"{DENOISER}.DiscreteDenoiser", "params": {
+            "num_idx": levels["num_timesteps"],
+            "scaling_config": {"target": f"{DENOISER}.{SCALINGS[prediction(schedule)]}"},
+            "discretization_config": {"target": f"{DENOISER}.LegacyDDPMDiscretization", "params": levels}}},
+        "network_config": {"target": UNET, "params": unet_params(unet) | network},
+        "first_stage_config": {"target": VAE, "params": stage_params(vae)},
+        "conditioner_config": {"target": CONDITIONER, "params": {
+            "emb_models": [
+                *({"input_key": "txt", **stage} for stage in text_stages(folder)),
+                *({"input_key": key, **numbers} for key in ("original_size_as_tuple", "crop_coords_top_left", scored))],
+            "zero_empty": index.get("force_zeros_for_empty_prompt", True)}},
+    }  # fmt: skip
+    return {"target": ENGINE, "params": params}
+
+
+def text_stages(folder: Path) -> Iterator[dict[str, Any]]:
+    """One or both text encoders of Stable Diffusion XL, of which the states before the last block are used."""
+    if (folder / "text_encoder").is_dir():
+        theirs = read_json(folder / "text_encoder" / "config.json")
+        stage = clip_stage(folder, theirs)
+        penultimate = {"layer": "hidden", "layer_idx": theirs["num_hidden_layers"] - 1}
+        yield {**stage, "params": stage.get("params", {}) | penultimate}
+    path = folder / "text_encoder_2"
+    theirs = read_json(path / "config.json")
+    same = (theirs["hidden_size"], theirs["num_hidden_layers"], theirs.get("hidden_act")) == (1280, 32, "gelu")
+    yield {"target": OPEN_CLIP_2, "params": {
+        "arch": "ViT-bigG-14" if same else str(path), "layer": "penultimate", "always_return_pooled": True,
+        "legacy": False}}  # fmt: skip
+
+
+def prediction(schedule: Mapping) -> str:
+    return ours(PREDICTIONS, schedule.get("prediction_type", "epsilon"))
+
+
 def unet_params(theirs: Mapping) -> dict[str, Any]:
     widths = theirs["block_out_channels"]
     return {
@@ -208,6 +261,10 @@ def text_stage(folder: Path, theirs: Mapping) -> dict[str, Any]:
     if theirs["hidden_size"] in OPEN_CLIP_BLOCKS:
         skipped = theirs["num_hidden_layers"] < OPEN_CLIP_BLOCKS[theirs["hidden_size"]]
         return {"target": OPEN_CLIP, "params": {"freeze": True, "layer": "penultimate" if skipped else "last"}}
+    return clip_stage(folder, theirs)
+
+
+def clip_stage(folder: Path, theirs: Mapping) -> dict[str, Any]:
     if (theirs["hidden_size"], theirs["num_hidden_layers"], theirs.get("hidden_act")) == (768, 12, "quick_gelu"):
         return {"target": CLIP}
     return {"target": CLIP, "params": {"version": str(folder / "text_encoder")}}

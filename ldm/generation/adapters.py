@@ -15,7 +15,7 @@ from ldm.generation.options import ModelOptions, find, learned, weighted
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"lora": "LoRA", "embedding": "embedding"}  # option -> what it names
+KINDS = {"lora": "LoRA", "embedding": "embedding", "refiner": "refiner"}  # option -> what it names
 
 # What a record says of one file: its name, its hash, and its weight or its words.
 Entry = dict[str, Any]
@@ -51,10 +51,12 @@ def read_adapters(options: ModelOptions) -> Adapters:
         words += found
         told["embedding"].append(
             {"file": name, "sha256": checkpoint_hash(find(name)), "words": [word.text for word in found]})
+    if options.refiner:
+        told["refiner"].append({"file": options.refiner, "sha256": checkpoint_hash(find(options.refiner))})
     return Adapters(tuple(loras), tuple(words), told)
 
 
-def recall(recorded: Mapping[str, list[Entry]]) -> dict[str, tuple[str, ...]]:
+def recall(recorded: Mapping[str, list[Entry]]) -> dict[str, tuple[str, ...] | str | None]:
     """The recorded adapters as the options that name them, without those whose files are not at hand as they were.
 
     Raises ImageError where the record is damaged.
@@ -62,20 +64,21 @@ def recall(recorded: Mapping[str, list[Entry]]) -> dict[str, tuple[str, ...]]:
     try:
         for entry in (entry for kind in KINDS for entry in recorded[kind]):
             describe(entry)  # needs all of it
-        return {kind: tuple(spell(entry) for entry in recorded[kind] if at_hand(entry)) for kind in KINDS}
+        found = {kind: tuple(spell(entry) for entry in recorded[kind] if at_hand(entry)) for kind in KINDS}
+        return found | {"refiner": next(iter(found["refiner"]), None)}
     except (KeyError, TypeError, ValueError) as error:
         raise ImageError(f"the record of the picture's adapters is not complete: {error!r}") from error
 
 
 def at_hand(entry: Entry) -> bool:
     path = find(entry["file"])
-    return path.is_file() and checkpoint_hash(path) == entry["sha256"]
+    return path.exists() and checkpoint_hash(path) == entry["sha256"]
 
 
 def spell(entry: Entry) -> str:
     if "weight" in entry:
         return f"{entry['file']}:{entry['weight']}"
-    return f"{entry['file']}:{entry['words'][0]}" if len(entry["words"]) == 1 else entry["file"]
+    return f"{entry['file']}:{entry['words'][0]}" if len(entry.get("words", ())) == 1 else entry["file"]
 
 
 def differences(then: Mapping[str, list[Entry]], now: Mapping[str, list[Entry]]) -> Iterator[str]:
@@ -96,5 +99,6 @@ def content(entry: Entry) -> Entry:
 
 
 def describe(entry: Entry) -> str:
-    how = f"weight {float(entry['weight'])}" if "weight" in entry else ", ".join(entry["words"])
-    return f"{entry['file']} ({how}, sha256 {entry['sha256'][:10]})"
+    how = f"weight {float(entry['weight'])}, " if "weight" in entry else ""
+    words = "".join(f"{word}, " for word in entry.get("words", ()))
+    return f"{entry['file']} ({how}{words}sha256 {entry['sha256'][:10]})"

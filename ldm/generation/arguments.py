@@ -163,6 +163,24 @@ def add_size(parser: Parser) -> None:
     group.add_argument("--W", dest="width", type=int, metavar="PIXELS", help="width")
 
 
+def add_measures(parser: Parser) -> None:
+    group = parser.add_argument_group("what Stable Diffusion XL is told of the picture")
+    group.add_argument("--original_size", metavar="WIDTHxHEIGHT",
+                       help="the size that it had before it was resized: smaller is blurred (default: its size)")
+    group.add_argument("--crop", metavar="TOP,LEFT", help="how many pixels are cut off there (default: 0,0)")
+    group.add_argument("--target_size", metavar="WIDTHxHEIGHT",
+                       help="the size that it was resized to (default: its size)")
+    group.add_argument("--aesthetic_score", type=float, metavar="X",
+                       help="how good it looks, 0 to 10; for the refiner (default: 6)")
+    group.add_argument("--refine_from", type=float, default=Request.refine_from, metavar="X",
+                       help="the share of the noise after which the --refiner goes on (default: %(default)s)")
+
+
+def add_refiner(parser: Parser) -> None:
+    parser.add_argument_group("two models").add_argument(
+        "--refiner", metavar="FILE", help="weights of a second model, which draws the last steps: see --refine_from")
+
+
 def add_latents(parser: Parser) -> None:
     group = parser.add_argument_group("latents (the config says both; given here, they are checked against it)")
     group.add_argument("--C", dest="channels", type=int, metavar="N", help="latent channels")
@@ -259,6 +277,8 @@ def shared_options() -> set[str]:
     add_picture(parser, 1.0)
     add_sampling(parser, Request.sampler, Request.scale)
     add_size(parser)
+    add_measures(parser)
+    add_refiner(parser)
     add_rows(parser)
     add_latents(parser)
     add_model(parser)

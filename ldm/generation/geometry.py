@@ -7,6 +7,9 @@ from pathlib import Path
 from ldm.errors import ConfigError, RequestError
 from ldm.generation.request import Request, check_side
 
+# What params leave out, by what they call the network: those of CompVis, and those of Stability AI's `sgm`.
+SILENT = {"unet_config": {"channels": 3, "image_size": 32}, "network_config": {"channels": 4, "image_size": 128}}
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -61,14 +64,16 @@ def geometry(model_section: Mapping, source: str | Path = "the config") -> Geome
         params = model_section["params"]
         first_stage = params["first_stage_config"]["params"]
         factor = 2 ** (len(first_stage["ddconfig"]["ch_mult"]) - 1) if "ddconfig" in first_stage else 1
-        levels = len(params["unet_config"]["params"].get("channel_mult", (1, 2, 4, 8)))
-        sides = params.get("image_size", 32)
+        network = next((name for name in SILENT if name in params), "unet_config")
+        levels = len(params[network]["params"].get("channel_mult", (1, 2, 4, 8)))
+        said = {name: params.get(name, value) for name, value in SILENT[network].items()}
+        sides = said["image_size"]
         side = sides if isinstance(sides, int) else max(sides)
         decoded = first_stage.get("ddconfig", {}).get("out_ch", 3)
         # Where the small picture stands beside the latents, it is of their size.
         enlarges = factor if "low_scale_config" in params else params.get("enlarges", 1)
         return Geometry(
-            params.get("channels", 3), factor, side * factor, factor * 2 ** (levels - 1), decoded, enlarges)
+            said["channels"], factor, side * factor, factor * 2 ** (levels - 1), decoded, enlarges)
     except (KeyError, TypeError, AttributeError) as error:
         what = str(error).partition("\n")[0]
         raise ConfigError(f"{source} does not describe a latent diffusion model ({what})") from error

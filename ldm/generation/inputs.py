@@ -23,13 +23,14 @@ class Given(NamedTuple):
     """What a batch starts from, on its device; None where it does not.
 
     image: (1, 3, h, w) in [-1, 1]; mask: (1, 1, h, w), 1 where it is repainted; depth: (1, 1, *, *), larger is nearer;
-    latent: (b, c, h, w), what another model has drawn.
+    latent: (b, c, h, w), what another model has drawn; size: the width and height in pixels that are drawn.
     """
 
     image: Tensor | None = None
     mask: Tensor | None = None
     depth: Tensor | None = None
     latent: Tensor | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Inputs:
             mask = torch.from_numpy(np.array(self.mask, dtype=np.float32) / 255)[None, None].to(device)
         if self.depth is not None:
             depth = torch.from_numpy(self.depth)[None, None].to(device)
-        return Given(image, mask, depth)
+        return Given(image, mask, depth, self.size)
 
     def restore(self, drawn: Image.Image) -> Image.Image:
         """Cut off what was filled up, and put back every pixel that was not to be repainted, unchanged."""

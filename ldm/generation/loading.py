@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ldm.generation.record import Recorder
 from ldm.generation.rows import Row, check_rows
 from ldm.image.io import check_outdir
 from ldm.memory import DTYPES, SAVINGS, as_out_of_memory, pick_device, pick_memory, pick_precision, place
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.load import build_model, load_model
 from ldm.models.probe import noise_returned
 from ldm.util import get_obj_from_str
@@ -85,6 +86,32 @@ def check_kind(target: str, made_for: Sequence[str], checkpoint: Path) -> None:
                        f"use {script}, or name another checkpoint with --ckpt")
 
 
+def choose_refiner(path: str) -> Chosen:
+    """As `choose`, of a second model, whose YAML cannot be named but may lie beside it."""
+    try:
+        return choose(ModelOptions(ckpt=path))
+    except CheckpointError as error:
+        hint = "put its YAML beside it as config.yaml"
+        raise CheckpointError(str(error).replace("name its YAML with --config", hint)) from error
+
+
+def together(models: Sequence[Chosen], outlines: Sequence[LatentDiffusion]) -> Geometry:
+    """The sizes that a model and its refiner, if there is one, both work in; outlines: the same, without weights.
+
+    Raises RequestError where they do not share their latents and noise levels.
+    """
+    first, *others = (one.geometry for one in models)
+    for chosen, own, model in zip(models[1:], others, outlines[1:]):
+        if (own.channels, own.factor) != (first.channels, first.factor):
+            raise RequestError(f"{chosen.checkpoint} draws other latents than {models[0].checkpoint} ({own.channels} "
+                               f"channels, not {first.channels}): a refiner goes on with those of the first model")
+        levels = outlines[0].alphas_cumprod, model.alphas_cumprod
+        if len(levels[0]) != len(levels[1]) or not torch.allclose(*levels, rtol=1e-3):
+            raise RequestError(f"{chosen.checkpoint} was trained on other noise levels than {models[0].checkpoint}: "
+                               "it cannot go on with its latents")
+    return replace(first, step=max(one.geometry.step for one in models))
+
+
 def shipped_config(checkpoint: Path) -> str:
     """The config that belongs to what the checkpoint says it is; the one beside it, or in its folder, comes first."""
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.yaml"
@@ -133,8 +160,10 @@ def open_run(
     Raises RequestError, ModelError, OutOfMemory.
     """
     device = pick_device(model.device)
-    outline = build_model(chosen.config)
-    check_rows(rows, Pipeline(outline, chosen.geometry).check)
+    models = [chosen, *([choose_refiner(model.refiner)] if model.refiner else [])]
+    outlines = [build_model(one.config) for one in models]
+    sizes = together(models, outlines)
+    check_rows(rows, Pipeline(outlines[0], sizes, "full", *outlines[1:]).check)
     if chosen.grammar:
         check_prompts(rows, chosen.grammar)
     check_outdir(options.outdir)
@@ -143,20 +172,28 @@ def open_run(
     if options.watermark is None:
         finish.text = open_checkpoint(chosen.checkpoint).family.watermark
     precision = pick_precision(model.precision, device)
-    logger.debug("%s, built as %s says, on %s in %s precision", chosen.checkpoint, chosen.config, device, precision)
-    memory = pick_memory(model.memory, device, weigh(chosen.checkpoint, DTYPES[precision]))
+    weights = 0
+    for one in models:
+        logger.debug("%s, built as %s says, on %s in %s precision", one.checkpoint, one.config, device, precision)
+        weights += weigh(one.checkpoint, DTYPES[precision])
+    memory = pick_memory(model.memory, device, weights)
     saving = SAVINGS[memory]
-    with as_out_of_memory(f"{device} has no room for {chosen.checkpoint}: try --memory lowest or --precision bf16"):
-        loaded = load_model(
-            chosen.config,
-            chosen.checkpoint,
-            device="cpu" if saving.stages else device,
-            dtype=DTYPES[precision],
-            use_ema=model.use_ema,
-            mapped=saving.network,
-            outline=outline,
-        )
-        adapters.put_into(loaded)
+    loaded = []
+    for one, outline in zip(models, outlines, strict=True):
+        with as_out_of_memory(f"{device} has no room for {one.checkpoint}: try --memory lowest or --precision bf16"):
+            loaded.append(load_model(
+                one.config,
+                one.checkpoint,
+                device="cpu" if saving.stages else device,
+                dtype=DTYPES[precision],
+                use_ema=model.use_ema,
+                mapped=saving.network,
+                outline=outline,
+            ))
+            if one is chosen:
+                adapters.put_into(loaded[0])
+            else:
+                loaded[1].first_stage_model = None  # what a refiner draws is decoded by the first model's
     how = {
         "device": device.type,
         "precision": precision,
@@ -167,4 +204,5 @@ def open_run(
         **adapters.told,
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
-    return Run(Pipeline(place(loaded, device, memory), chosen.geometry, precision), options, finish, recorder, tell)
+    placed = [place(one, device, memory) for one in loaded]
+    return Run(Pipeline(placed[0], sizes, precision, *placed[1:]), options, finish, recorder, tell)

@@ -24,7 +24,8 @@ class ModelOptions:
 
     config: None takes the one beside the checkpoint, else the shipped one of the family that the checkpoint tells.
     use_ema: True for the averaged weights, False for the others, None for what the config says. lora: FILE or
-    FILE:WEIGHT each, embedding: FILE or FILE:WORD each.
+    FILE:WEIGHT each, embedding: FILE or FILE:WORD each. refiner: the weights of a second model, which goes on where
+    a request says so; its config is the one beside them, or as they tell.
     """
 
     config: str | None = None
@@ -35,6 +36,7 @@ class ModelOptions:
     memory: str = "auto"
     lora: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
+    refiner: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)

@@ -1,7 +1,7 @@
 """A loaded model and how it runs: one batch of requests in, finished pictures out."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ldm import sampling
 from ldm.errors import NumericalError
-from ldm.generation import stages
+from ldm.generation import measures, stages
 from ldm.generation.geometry import Geometry
 from ldm.generation.inputs import Given, Inputs, read_inputs
 from ldm.generation.noise import Noise
@@ -42,19 +42,30 @@ class Picture:
 
 
 class Pipeline:
-    """Draws batches with one model. The requests of a batch differ in prompts, seeds and classes alone."""
+    """Draws batches with one model, or two that meet in the latent. The requests of a batch differ in prompts, seeds
+    and classes alone.
 
-    def __init__(self, model: LatentDiffusion, geometry: Geometry, precision: str = "full"):
+    refiner: the model of the last levels (Podell et al. 2023, section 2.5), on the latents and levels of the first.
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, geometry: Geometry, precision: str = "full",
+        refiner: LatentDiffusion | None = None,
+    ):
+        self.models = [model] if refiner is None else [model, refiner]
         self.model = model
         self.geometry = geometry
         self.precision = precision
         self.schedule = sampling.Schedule(model.alphas_cumprod)
-        self.known: Known = {}
+        self.known: list[Known] = [{} for _ in self.models]
         self._paths: dict[tuple, sampling.Tail] = {}
 
     def check(self, request: Request) -> None:
-        """Raise RequestError for what this model cannot draw. It may be on the meta device, without its weights."""
-        stages.check(self.model, request)
+        """Raise RequestError for what the models cannot draw. They may be on the meta device, without their weights."""
+        for model in self.models:
+            stages.check(model, request)
+        encoders = (model.cond_stage_model for model in self.models)
+        measures.check(request, [key for encoder in encoders for key in getattr(encoder, "measures", ())])
         self.geometry.check_upscale(request)
         read_inputs(request, self.geometry)
         self.path(request)
@@ -75,9 +86,10 @@ class Pipeline:
         too_much = f"not enough memory on {device} for {what} at {inputs.width}x{inputs.height}"
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
-            told = stages.condition(self.model, batch, given, shape[1:], steps, draw, self.known)
+            told = [stages.condition(model, batch, given, shape[1:], steps, draw, known)
+                    for model, known in zip(self.models, self.known)]
             latents = self._sample(batch, told, given, shape, draw, on_step)
-            cuts = told.cut or [""] * len(batch)
+            cuts = told[0].cut or [""] * len(batch)
             # One by one, for the memory of a single picture.
             return [self._picture(*one, inputs) for one in zip(latents.split(1), batch, cuts, strict=True)]
 
@@ -98,10 +110,16 @@ class Pipeline:
             self._paths[(*way, strength)] = sampling.tail(sampling.levels(self.schedule, *way), strength, *way)
         return self._paths[(*way, strength)]
 
+    def legs(self, request: Request, levels: Sequence[sampling.Level]) -> Iterator[Sequence[sampling.Level]]:
+        """The part of the levels that each model walks."""
+        if len(self.models) == 1:
+            return iter([levels])
+        return iter(sampling.cut(levels, request.refine_from, len(self.schedule)))
+
     def _sample(
         self,
         batch: Sequence[Request],
-        told: stages.Condition,
+        told: Sequence[stages.Condition],
         given: Given,
         shape: tuple[int, int, int],
         draw: Noise,
@@ -110,12 +128,8 @@ class Pipeline:
         """Walk from noise, or from a noised picture, to the latents (b, c, h, w) of the batch."""
         request, model = batch[0], self.model
         start, levels = self.path(request)
-        apply_model = model.apply_model
-        if request.upscale and request.tile:
-            apply_model = sampling.tiled(apply_model, *self.geometry.tile(request.tile))
         away = sampling.Away(*strength(request.safe)) if request.safe else None
         guidance = sampling.Guidance(request.scale, request.image_scale, away)
-        denoise = sampling.Denoiser(sampling.ask(apply_model, told.roles), model.parameterization, guidance)
         blending = given.mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
         clean = stages.first_latent(model, given.image) if start.alpha or blending else 0.0
         keep = functional.interpolate(given.mask, size=shape[1:]) if blending else None
@@ -128,7 +142,7 @@ class Pipeline:
         if request.sampler == "dpm_solver":
             options |= {"order": request.solver_order, "method": request.solver_method}
         sampler = sampling.SAMPLERS[request.sampler]
-        x0 = x
+        x0, done = x, 0
 
         def look(x: Tensor, level: sampling.Level) -> sampling.Prediction:
             nonlocal x0
@@ -136,13 +150,20 @@ class Pipeline:
             x0 = seen.x0
             return seen
 
-        moves = sampler(look, x, levels, self.schedule, **options)
-        for step, (x, level) in enumerate(zip(moves, levels[1:], strict=True), 1):
-            if blending and level is not levels[-1]:
-                x.copy_(stages.blend(clean, x, keep, level, draw(x)))
-            on_step(x, x0)
-            if now := told.later.get(step):
-                denoise.ask = sampling.ask(apply_model, now.roles)
+        for model, condition, leg in zip(self.models, told, self.legs(request, levels), strict=True):
+            apply_model = model.apply_model
+            if request.upscale and request.tile:
+                apply_model = sampling.tiled(apply_model, *self.geometry.tile(request.tile))
+            roles = condition.at(done).roles
+            denoise = sampling.Denoiser(sampling.ask(apply_model, roles), model.parameterization, guidance)
+            moves = sampler(look, x, leg, self.schedule, **options)
+            for x, level in zip(moves, leg[1:], strict=True):
+                done += 1
+                if blending and level is not levels[-1]:
+                    x.copy_(stages.blend(clean, x, keep, level, draw(x)))
+                on_step(x, x0)
+                if now := condition.later.get(done):
+                    denoise.ask = sampling.ask(apply_model, now.roles)
         if away and away.calls <= away.warmup:
             logger.warning("--safe %s begins after %d evaluations of the network, but the walk had only %d: it changed "
                            "nothing", request.safe, away.warmup, away.calls)

@@ -36,6 +36,9 @@ class Request:
     safe: how far to keep from `safe_concept`, as `ldm.generation.safe` reads it; None is not at all.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
+    original_size, target_size: "WIDTHxHEIGHT", crop: "TOP,LEFT", and aesthetic_score are told to models that take
+    them, of which None says what `ldm.generation.measures` has. refine_from: the share of the noise levels after which
+    the refiner of the run, if it has one, goes on.
     Raises RequestError.
     """
 
@@ -67,6 +70,11 @@ class Request:
     strength: float = 1.0
     varies: bool = False
     class_label: int | None = None
+    original_size: str | None = None
+    crop: str | None = None
+    target_size: str | None = None
+    aesthetic_score: float | None = None
+    refine_from: float = 0.8
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
@@ -101,6 +109,12 @@ class Request:
                 raise RequestError(f"{name} must be positive, got {value}; the model's native size needs no option")
         if self.varies and (self.mask or self.strength != 1.0):
             raise RequestError("a picture that is varied is not drawn over: leave --mask and --strength out")
+        for name, mark in (("original_size", "x"), ("target_size", "x"), ("crop", ",")):
+            if (value := getattr(self, name)) is not None:
+                check_pair(name, value, mark)
+        check_range("refine_from", self.refine_from, 0.0, 1.0)
+        if self.aesthetic_score is not None:
+            check_range("aesthetic_score", self.aesthetic_score, 0.0, 10.0)
         if self.mask and not self.init_img:
             raise RequestError("a mask needs the picture that it belongs to: give --init-img too")
         if self.depth_img and not self.init_img:
@@ -140,6 +154,21 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Reject what is outside [low, high], not a number included."""
     if not low <= value <= high:
         raise RequestError(f"{name} must be from {low} to {high}, got {value}")
+
+
+def check_pair(name: str, value: str, mark: str) -> None:
+    """Reject what is not two whole numbers with a mark between them."""
+    try:
+        pair(value, mark)
+    except ValueError as error:
+        example = {"x": "1024x768 (width x height)", ",": "0,128 (top, left)"}[mark]
+        raise RequestError(f"{name} must be two whole numbers such as {example}, got {value!r}") from error
+
+
+def pair(text: str, mark: str) -> tuple[int, int]:
+    """The two numbers that a mark stands between. Raises ValueError."""
+    first, second = text.lower().split(mark)
+    return int(first), int(second)
 
 
 def check_side(name: str, value: int, step: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
+from ldm.generation import measures
 from ldm.generation.inputs import Given
 from ldm.generation.noise import Noise
 from ldm.generation.request import UPSCALER_NOISE, Request, check_range
@@ -55,6 +57,26 @@ class Condition:
     image: dict | None = None
     concept: Tensor | dict | None = None
 
+    def at(self, step: int) -> "Condition":
+        """What holds from a step on until the next of `later`."""
+        begun = [first for first in self.later if first <= step]
+        return self.later[max(begun)] if begun else self
+
+    def beside(
+        self, given: Mapping[str, Any], without: Mapping[str, Any] | None = None, edits: bool = False
+    ) -> "Condition":
+        """This, and at every step also what is `given`, or what comes in its place where guidance leads away from.
+
+        given, without: entries of the dict that DiffusionWrapper takes. Entries that are there already grow: lists by
+        entries, tensors (b, d) by columns. edits: what is given is also told without the prompt, as `image`.
+        """
+        without = given if without is None else without
+        image = self.negative if edits else self.image
+        roles = (self.positive, given), (self.negative, without), (image, given), (self.concept, given)
+        positive, negative, image, concept = (None if told is None else grown(told, more) for told, more in roles)
+        later = {step: now.beside(given, without, edits) for step, now in self.later.items()}
+        return Condition(positive, negative, self.cut, later, image, concept)
+
     @property
     def roles(self) -> sampling.Told:
         """All of it as guidance takes it."""
@@ -81,6 +103,19 @@ class Beside:
 def beside_prompt(model: LatentDiffusion) -> Beside | None:
     """What this model is told beside a prompt, None where that is not known here."""
     return next((beside for kind, beside in BESIDE.items() if isinstance(model, kind)), None)
+
+
+def grown(told: Tensor | Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A condition, as DiffusionWrapper takes it, and more entries."""
+    whole = dict(told) if isinstance(told, Mapping) else {"c_crossattn": [told]}
+    for key, entry in more.items():
+        if key not in whole:
+            whole[key] = entry
+        elif isinstance(entry, Tensor):
+            whole[key] = torch.cat([whole[key], entry], dim=1)
+        else:
+            whole[key] = [*whole[key], *entry]
+    return whole
 
 
 def check(model: LatentDiffusion, request: Request) -> None:
@@ -164,24 +199,16 @@ def condition(
     if isinstance(model.cond_stage_model, ImageEncoder):
         seen = model.get_learned_conditioning(given.image).expand(len(batch), -1, -1)
         return Condition(seen, torch.zeros_like(seen) if batch[0].steers else None)
-    words = text_condition(model, batch, steps, known)
-    if not (kind := beside_prompt(model)):
-        return words
-    beside = kind.tell(model, batch, given, size, draw)
-    if "c_concat" in beside:
-        beside["c_concat"] = [one.expand(len(batch), -1, -1, -1) for one in beside["c_concat"]]
-    nothing, edits = kind.without(beside), batch[0].image_scale is not None
-
-    def join(beside: dict, cross: Tensor | None) -> dict | None:
-        return None if cross is None else {**beside, "c_crossattn": [cross]}
-
-    def with_picture(told: Condition) -> Condition:
-        later = {step: with_picture(other) for step, other in told.later.items()}
-        seen = join(beside, told.negative) if edits else None
-        return Condition(join(beside, told.positive), join(nothing, told.negative), told.cut, later, seen,
-                         join(beside, told.concept))
-
-    return with_picture(words)
+    told = text_condition(model, batch, steps, known)
+    if kind := beside_prompt(model):
+        beside = kind.tell(model, batch, given, size, draw)
+        if "c_concat" in beside:
+            beside["c_concat"] = [one.expand(len(batch), -1, -1, -1) for one in beside["c_concat"]]
+        told = told.beside(beside, kind.without(beside), edits=batch[0].image_scale is not None)
+    if getattr(model.cond_stage_model, "measures", ()):
+        numbers = map(model.cond_stage_model.measure, measures.measures(batch[0], given.size))
+        told = told.beside(*({"c_adm": vector.expand(len(batch), -1)} for vector in numbers))
+    return told
 
 
 def text_condition(
@@ -194,9 +221,9 @@ def text_condition(
 
     @cache
     def told(now: tuple[str, ...]) -> Condition:
-        positive, *others = (words(now[start:start + count]) for start in range(0, len(now), count))
-        negative, concept = [*others, None, None][:2]
-        return Condition(positive, negative, concept=concept)
+        wanted, unwanted, concept = (now[start:start + count] for start in (0, count, 2 * count))
+        return Condition(words(wanted), words.against(unwanted) if unwanted else None,
+                         concept=words(concept) if concept else None)
 
     first, *later = (told(now) for now in texts.values())
     cut = tuple(max(map(words.cut, row), key=len) for row in islice(zip(*texts.values()), count))

@@ -67,6 +67,13 @@ class Words:
         """The states of a batch of texts: (b, tokens, channels), or several such as the encoder gives them."""
         return reduce(stack, (self.states[text] for text in texts))
 
+    def against(self, texts: Sequence[str]) -> Any:
+        """As a call, of negative prompts: an empty one is nothing to models that were trained so."""
+        if not getattr(self.encoder, "zero_empty", False):
+            return self(texts)
+        nothing = self.encoder.nothing
+        return reduce(stack, (self.states[text] if text else nothing(self.states[text]) for text in texts))
+
     def cut(self, text: str) -> str:
         """The words of a text that the encoder does not take."""
         if self.count is not None or not hasattr(self.encoder, "dropped"):

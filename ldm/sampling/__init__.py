@@ -18,7 +18,7 @@ from ldm.sampling.tiles import tiled
 
 __all__ = [
     "CLEAN", "SAMPLERS", "SPACINGS", "Away", "Denoiser", "Guidance", "Level", "Prediction", "Sampler", "Schedule",
-    "Tail", "Told", "ask", "denoiser", "guide", "levels", "make_beta_schedule", "tail", "tiled", "to_prediction",
+    "Tail", "Told", "ask", "cut", "denoiser", "guide", "levels", "make_beta_schedule", "tail", "tiled", "to_prediction",
 ]
 
 SPACINGS = ("default", "karras", "exponential", "trailing")
@@ -139,3 +139,16 @@ def tail(
     # CompVis noises to one level above the first that it walks.
     above = first - 1 if named(sampler).family == "vp" and spacing == "default" else first
     return Tail(levels[above], list(levels[first:]))
+
+
+def cut(levels: Sequence[Level], share: float, trained: int) -> tuple[list[Level], list[Level]]:
+    """The levels that a first and a second model walk, which meet in one: the second begins at the first level whose
+    timestep is under (1 - share) of those that were `trained`.
+
+    share: 0 leaves all to the second, 1 to the first. Either part may be a single level, from which nothing is walked.
+    """
+    if not 0 <= share <= 1:
+        raise RequestError(f"the share of the first model must be 0 to 1, got {share}")
+    limit = round((1 - share) * trained)
+    k = next((k for k, level in enumerate(levels) if level.t < limit), len(levels) - 1)
+    return list(levels[:k + 1]), list(levels[k:])

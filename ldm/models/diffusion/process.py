@@ -27,6 +27,7 @@ class GaussianProcess:
     parameterization = "eps"
     v_posterior = 0.0
     zero_terminal_snr = False
+    saves_schedule = True  # whether the buffers are a part of the state dict
     # What must stay float32 when the module is cast: half precision has no room for the first alphas_cumprod.
     float32_buffers = frozenset({"lvlb_weights", "logvar", "scale_factor"})
 
@@ -76,7 +77,8 @@ class GaussianProcess:
         self.float32_buffers = self.float32_buffers | buffers.keys()
         with torch.device("cpu"):  # real numbers even while the weights are built on meta
             for name, values in buffers.items():
-                self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+                tensor = torch.tensor(values, dtype=torch.float32)
+                self.register_buffer(name, tensor, persistent=self.saves_schedule)
             self.register_buffer("lvlb_weights", torch.tensor(bound, dtype=torch.float32), persistent=False)
 
     def _apply(self, fn, recurse: bool = True):

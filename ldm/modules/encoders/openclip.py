@@ -57,14 +57,14 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The stack of blocks; `skip` leaves out that many of the last: (b, n, c) -> (b, n, c)."""
+    """The stack of blocks, from number `start`; `skip` leaves out that many of the last: (b, n, c) -> (b, n, c)."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(config) for _ in range(config.layers))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, skip: int = 0) -> Tensor:
-        for block in islice(self.resblocks, len(self.resblocks) - skip):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, skip: int = 0, start: int = 0) -> Tensor:
+        for block in islice(self.resblocks, start, len(self.resblocks) - skip):
             x = block(x, attn_mask=attn_mask)
         return x
 
@@ -114,13 +114,26 @@ class Clip(nn.Module):
 
     def text_states(self, ids: Tensor, skip: int = 0) -> Tensor:
         """States (b, n, c) after the final norm, which follows the last block but `skip`. ids: (b, n) int64."""
-        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
-        mask = self.attn_mask[:ids.shape[1], :ids.shape[1]]
-        return self.ln_final(self.transformer(x, attn_mask=mask, skip=skip))
+        return self.ln_final(self.transformer(self.embed(ids), attn_mask=self.mask(ids), skip=skip))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """One vector a text, taken at its end mark, the largest id: (b, n) -> (b, embed)."""
-        states = self.text_states(ids)
+        return self.pool(self.text_states(ids), ids)
+
+    def text_features(self, ids: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
+        """States (b, n, c) after the last block but `skip`, not normed, and the vector (b, embed) of each text."""
+        mask = self.mask(ids)
+        states = self.transformer(self.embed(ids), attn_mask=mask, skip=skip)
+        last = self.transformer(states, attn_mask=mask, start=len(self.transformer.resblocks) - skip)
+        return states, self.pool(self.ln_final(last), ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
+
+    def mask(self, ids: Tensor) -> Tensor:
+        return self.attn_mask[:ids.shape[1], :ids.shape[1]]
+
+    def pool(self, states: Tensor, ids: Tensor) -> Tensor:
         end = end_marks(ids, self.vocabulary)
         return states[torch.arange(len(states), device=states.device), end] @ self.text_projection
 

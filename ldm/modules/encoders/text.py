@@ -47,6 +47,11 @@ class TextEncoder(AbstractEncoder):
     tokenizer: TextTokenizer
     max_length: int
 
+    @property
+    def width(self) -> int:
+        """The channels of a state."""
+        raise NotImplementedError(f"{type(self).__name__} does not tell its width")
+
     def encode_ids(self, ids: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no encode_ids")
 
@@ -71,8 +76,12 @@ class TextEncoder(AbstractEncoder):
         for text in dict.fromkeys(texts):
             if lost := self.dropped(text):
                 logger.warning("the prompt is longer than %d tokens; this was dropped: %r", self.max_length - 2, lost)
+        return self.ids(texts)
+
+    def ids(self, texts: str | Sequence[str]) -> Tensor:
+        """As `tokenize`, in silence."""
         batch = self.tokenizer(
-            [self.clean(text) for text in texts],
+            [self.clean(text) for text in ([texts] if isinstance(texts, str) else texts)],
             truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt",
         )
         return batch["input_ids"].to(self.device)
@@ -96,6 +105,11 @@ class TextEncoder(AbstractEncoder):
         count defaults to what the longest text needs; a prompt and its negative need the larger of the two. A text with
         fewer chunks is filled up with empty ones. Raises ValueError where `count` is too small.
         """
+        states = self.encode_ids(self.chunk_ids(texts, count))  # (b * count, max_length, c)
+        return states.unflatten(0, (len(texts), -1)).flatten(1, 2)
+
+    def chunk_ids(self, texts: Sequence[str], count: int | None = None) -> Tensor:
+        """The ids of each prompt in `count` chunks, marked and padded: (b * count, max_length); see `encode_long`."""
         rows = [self.chunks(text) for text in texts]
         need = max(map(len, rows))
         count = need if count is None else count
@@ -104,8 +118,7 @@ class TextEncoder(AbstractEncoder):
         bos, eos, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         filled = [run for row in rows for run in row + [[]] * (count - len(row))]
         ids = [[bos, *run, eos] + [pad] * (self.max_length - 2 - len(run)) for run in filled]
-        states = self.encode_ids(torch.tensor(ids, device=self.device))  # (b * count, max_length, c)
-        return states.unflatten(0, (len(texts), count)).flatten(1, 2)
+        return torch.tensor(ids, device=self.device)
 
     def token_weights(self, prompt: Sequence[Weighted], count: int | None = None) -> Tensor:
         """The weight of each token of a prompt, marks and padding 1: (chunks, max_length)."""
@@ -168,6 +181,10 @@ class FrozenCLIPEmbedder(TextEncoder):
         if freeze:
             self.freeze()
 
+    @property
+    def width(self) -> int:
+        return self.transformer.config.width
+
     def freeze(self) -> None:
         self.transformer.eval().requires_grad_(False)
 
@@ -212,6 +229,10 @@ class ZeroPaddedEncoder(TextEncoder):
     def clean(self, text: str) -> str:
         return html.unescape(html.unescape(text)).translate(PLAIN_QUOTES).strip()
 
+    @property
+    def width(self) -> int:
+        return self.model.token_embedding.embedding_dim
+
     def freeze(self) -> None:
         self.model.eval().requires_grad_(False)
 
@@ -219,8 +240,9 @@ class ZeroPaddedEncoder(TextEncoder):
 class FrozenOpenCLIPEmbedder(ZeroPaddedEncoder):
     """The text tower of an OpenCLIP model as Stable Diffusion v2 uses it: texts -> (b, 77, 1024).
 
-    arch: a key of OPEN_CLIP_ARCHS. layer: "last", or "penultimate" for the states before the last block; both normed.
-    `version` names the weights, which a checkpoint must bring; `device` is there for old callers.
+    arch: a key of OPEN_CLIP_ARCHS, or a folder in the transformers form whose config.json describes the tower. layer:
+    "last", or "penultimate" for the states before the last block; both normed. `version` names the weights, which a
+    checkpoint must bring; `device` is there for old callers.
     """
 
     LAYERS = ("last", "penultimate")
@@ -237,9 +259,7 @@ class FrozenOpenCLIPEmbedder(ZeroPaddedEncoder):
         super().__init__(max_length)
         if layer not in self.LAYERS:
             raise ConfigError(f"layer must be last or penultimate, got {layer!r}")
-        if arch not in OPEN_CLIP_ARCHS:
-            raise ConfigError(f"no OpenCLIP text encoder {arch!r}: arch must be one of {', '.join(OPEN_CLIP_ARCHS)}")
-        config, embed = OPEN_CLIP_ARCHS[arch]
+        config, embed = open_clip_arch(arch)
         self.model = Clip(config, embed=embed)
         self.layer = layer
         self.layer_idx = self.LAYERS.index(layer)
@@ -252,6 +272,46 @@ class FrozenOpenCLIPEmbedder(ZeroPaddedEncoder):
 
     def encode_ids(self, ids: Tensor) -> Tensor:
         return self.encode_with_transformer(ids)
+
+
+class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
+    """The same as Stable Diffusion XL uses it: states that no norm follows, and a vector of each text.
+
+    legacy: the states of FrozenOpenCLIPEmbedder instead. always_return_pooled: texts -> ((b, 77, c), (b, embed)).
+    """
+
+    def __init__(self, *args, always_return_pooled: bool = False, legacy: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        if always_return_pooled and legacy:
+            raise ConfigError("always_return_pooled needs legacy: False")
+        self.return_pooled = always_return_pooled
+        self.legacy = legacy
+
+    def encode_ids(self, ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.legacy:
+            return super().encode_ids(ids)
+        states, pooled = self.model.text_features(ids, skip=self.layer_idx)
+        return (states, pooled) if self.return_pooled else states
+
+    def encode_long(self, texts: Sequence[str], count: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As that of every encoder; the vector of a text is that of its first chunk, as in AUTOMATIC1111's web UI."""
+        if not self.return_pooled:
+            return super().encode_long(texts, count)
+        states, pooled = self.encode_ids(self.chunk_ids(texts, count))
+        return states.unflatten(0, (len(texts), -1)).flatten(1, 2), pooled.unflatten(0, (len(texts), -1))[:, 0]
+
+
+def open_clip_arch(arch: str) -> tuple[ClipConfig, int]:
+    """The text tower of an `arch` of FrozenOpenCLIPEmbedder, and the dimensions of the space that it leads to."""
+    if arch in OPEN_CLIP_ARCHS:
+        return OPEN_CLIP_ARCHS[arch]
+    folder = find_folder(arch)
+    if folder is None:
+        known = ", ".join(OPEN_CLIP_ARCHS)
+        raise ConfigError(f"no OpenCLIP text encoder {arch!r}: it must be a folder with config.json, or one of {known}")
+    described = read_json(folder / "config.json")
+    config = tower_config(described, folder / "config.json")
+    return config, described.get("projection_dim", config.width)
 
 
 class FrozenCLIPTextEmbedder(ZeroPaddedEncoder):
