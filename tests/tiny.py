@@ -52,6 +52,33 @@ LOW_SCALE = {
 K_UNET = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_res_blocks": 2, "num_head_channels": 32,
           "context_dim": 64, "cond_channels": 192}  # fmt: skip
 
+SD = Path(__file__).resolve().parents[1] / "configs" / "stable-diffusion"
+
+
+def embedder(name: str, key: str, **params) -> dict:
+    return {"target": f"sgm.modules.encoders.modules.{name}", "input_key": key, "params": params}
+
+
+def xl(last: str, *texts: dict) -> dict:
+    """What makes a config of Stable Diffusion XL tiny: the key of the last number that it is told, its text encoders
+    beside OpenCLIP's."""
+    words = str(GOLDENS / "tiny-clip")
+    big = embedder("FrozenOpenCLIPEmbedder2", "txt", arch=words, layer="penultimate", always_return_pooled=True,
+                   legacy=False)  # fmt: skip
+    keys = ("original_size_as_tuple", "crop_coords_top_left", last)
+    numbers = 5 if last == "aesthetic_score" else 6
+    network = {"adm_in_channels": 64 + 8 * numbers, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1,
+               "attention_resolutions": [2], "num_head_channels": 16, "transformer_depth": [1, 2],
+               "context_dim": 64 * (1 + len(texts))}
+    stage = {"ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "resolution": 64}
+    return {
+        "image_size": 16, "conditioner_config.params.emb_models": [
+            *texts, big, *(embedder("ConcatTimestepEmbedderND", key, outdim=8) for key in keys)],
+        **{f"network_config.params.{name}": value for name, value in network.items()},
+        **{f"first_stage_config.params.ddconfig.{name}": value for name, value in stage.items()},
+    }  # fmt: skip
+
+
 # What each kind of model changes in the params of a golden config; `target` is that of the model itself.
 KINDS = {
     "text": ("tiny", {"cond_stage_config": TEXT_ENCODER}),
@@ -98,6 +125,10 @@ KINDS = {
         "conditioning_key": "hybrid", "enlarges": 2, "unet_config.params.in_channels": 8,
         **{f"first_stage_config.params.ddconfig.{name}": 4 for name in ("in_channels", "out_ch")},
     }),
+    "xl": (f"{SD}/sd_xl_base", xl(
+        "target_size_as_tuple",
+        embedder("FrozenCLIPEmbedder", "txt", version=str(GOLDENS / "tiny-clip"), layer="hidden", layer_idx=1))),
+    "refiner": (f"{SD}/sd_xl_refiner", xl("aesthetic_score")),
     "classes": ("tiny", {"cond_stage_config": CLASSES, "cond_stage_key": "class_label"}),
 }  # fmt: skip
 

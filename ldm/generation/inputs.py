@@ -61,7 +61,7 @@ class Inputs:
             mask = torch.from_numpy(np.array(self.mask, dtype=np.float32) / 255)[None, None].to(device)
         if self.depth is not None:
             depth = torch.from_numpy(self.depth)[None, None].to(device)
-        return Given(image, mask, depth, self.size)
+        return Given(image, mask, depth, size=self.size)
 
     def restore(self, drawn: Image.Image) -> Image.Image:
         """Cut off what was filled up, and put back every pixel that was not to be repainted, unchanged."""

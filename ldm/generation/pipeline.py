@@ -57,7 +57,8 @@ class Pipeline:
         self.geometry = geometry
         self.precision = precision
         self.schedule = sampling.Schedule(model.alphas_cumprod)
-        self.known: list[Known] = [{} for _ in self.models]
+        self.known: Known = {}
+        self.known_to_refiner: Known = {}
         self._paths: dict[tuple, sampling.Tail] = {}
 
     def check(self, request: Request) -> None:
@@ -87,7 +88,7 @@ class Pipeline:
         with as_out_of_memory(too_much), autocast(self.precision, device):
             steps = len(self.path(batch[0]).levels) - 1
             told = [stages.condition(model, batch, given, shape[1:], steps, draw, known)
-                    for model, known in zip(self.models, self.known)]
+                    for model, known in zip(self.models, (self.known, self.known_to_refiner))]
             latents = self._sample(batch, told, given, shape, draw, on_step)
             cuts = told[0].cut or [""] * len(batch)
             # One by one, for the memory of a single picture.

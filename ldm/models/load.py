@@ -7,6 +7,7 @@ peak of memory is the model itself and one tensor.
 
 import logging
 from collections.abc import Mapping
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,13 @@ def _is_diffusion(section: DictConfig) -> bool:
 
 
 def _wants_ema(section: DictConfig, file: Checkpoint) -> bool:
-    """Whether the config keeps averaged weights, as diffusion models do if it is silent, and the file has them."""
-    return file.has_ema and bool((section.get("params") or {}).get("use_ema", _is_diffusion(section)))
+    """Whether the config keeps averaged weights, or its class does where it is silent, and the file has them."""
+    if not file.has_ema:
+        return False
+    target = get_obj_from_str(section.target)
+    own = signature(target).parameters.get("use_ema")
+    silent = _is_diffusion(section) if own is None else own.default
+    return bool((section.get("params") or {}).get("use_ema", silent))
 
 
 def _is_exact(weight: Tensor, own: Tensor) -> bool:

@@ -33,13 +33,14 @@ class DiffusionEngine(LatentDiffusion):
         input_key: str = "jpg",
         image_size: int = 128,
         channels: int = 4,
+        use_ema: bool = False,
         **kwargs: Any,
     ):
         denoiser = instantiate_from_config(denoiser_config)
         super().__init__(
             first_stage_config, conditioner_config, unet_config=network_config, conditioning_key="crossattn-adm",
             cond_stage_key="txt", first_stage_key=input_key, image_size=image_size, channels=channels,
-            parameterization=denoiser.parameterization, given_betas=denoiser.betas,
+            parameterization=denoiser.parameterization, given_betas=denoiser.betas, use_ema=use_ema,
             **{name: value for name, value in kwargs.items() if name not in NOT_USED},
         )  # fmt: skip
         self.denoiser = denoiser

@@ -3,6 +3,7 @@
 import html
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -221,9 +222,9 @@ def clip_from_version(version: str) -> tuple[TextTokenizer, ClipTextTransformer]
 class ZeroPaddedEncoder(TextEncoder):
     """Text as the tokenizers of OpenAI's package and open_clip take it: without HTML entities, padded with id 0."""
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int, words: Path | None = None):
         super().__init__()
-        self.tokenizer = clip_tokenizer(pad_token="!", max_length=max_length)
+        self.tokenizer = clip_tokenizer(words, pad_token="!", max_length=max_length)
         self.max_length = max_length
 
     def clean(self, text: str) -> str:
@@ -240,9 +241,9 @@ class ZeroPaddedEncoder(TextEncoder):
 class FrozenOpenCLIPEmbedder(ZeroPaddedEncoder):
     """The text tower of an OpenCLIP model as Stable Diffusion v2 uses it: texts -> (b, 77, 1024).
 
-    arch: a key of OPEN_CLIP_ARCHS, or a folder in the transformers form whose config.json describes the tower. layer:
-    "last", or "penultimate" for the states before the last block; both normed. `version` names the weights, which a
-    checkpoint must bring; `device` is there for old callers.
+    arch: a key of OPEN_CLIP_ARCHS, or a folder in the transformers form whose config.json describes the tower, and with
+    it CLIP's vocabulary or its own. layer: "last", or "penultimate" for the states before the last block; both normed.
+    `version` names the weights, which a checkpoint must bring; `device` is there for old callers.
     """
 
     LAYERS = ("last", "penultimate")
@@ -256,10 +257,10 @@ class FrozenOpenCLIPEmbedder(ZeroPaddedEncoder):
         freeze: bool = True,
         layer: str = "last",
     ):
-        super().__init__(max_length)
+        config, embed, words = open_clip_arch(arch)
+        super().__init__(max_length, words)
         if layer not in self.LAYERS:
             raise ConfigError(f"layer must be last or penultimate, got {layer!r}")
-        config, embed = open_clip_arch(arch)
         self.model = Clip(config, embed=embed)
         self.layer = layer
         self.layer_idx = self.LAYERS.index(layer)
@@ -301,17 +302,19 @@ class FrozenOpenCLIPEmbedder2(FrozenOpenCLIPEmbedder):
         return states.unflatten(0, (len(texts), -1)).flatten(1, 2), pooled.unflatten(0, (len(texts), -1))[:, 0]
 
 
-def open_clip_arch(arch: str) -> tuple[ClipConfig, int]:
-    """The text tower of an `arch` of FrozenOpenCLIPEmbedder, and the dimensions of the space that it leads to."""
+def open_clip_arch(arch: str) -> tuple[ClipConfig, int, Path | None]:
+    """The text tower of an `arch` of FrozenOpenCLIPEmbedder, the dimensions of the space that it leads to, and the
+    folder of its vocabulary if that is not CLIP's."""
     if arch in OPEN_CLIP_ARCHS:
-        return OPEN_CLIP_ARCHS[arch]
+        return *OPEN_CLIP_ARCHS[arch], None
     folder = find_folder(arch)
     if folder is None:
         known = ", ".join(OPEN_CLIP_ARCHS)
         raise ConfigError(f"no OpenCLIP text encoder {arch!r}: it must be a folder with config.json, or one of {known}")
     described = read_json(folder / "config.json")
     config = tower_config(described, folder / "config.json")
-    return config, described.get("projection_dim", config.width)
+    words = folder if (folder / "vocab.json").is_file() else None
+    return config, described.get("projection_dim", config.width), words
 
 
 class FrozenCLIPTextEmbedder(ZeroPaddedEncoder):
