@@ -14,7 +14,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ldm.errors import LdmError, OutOfMemory, RequestError
-from ldm.generation.arrivals import Arrivals
 from ldm.generation.background import Background, Interrupt
 from ldm.generation.events import Tell, telling
 from ldm.generation.finish import Finisher
@@ -95,8 +94,8 @@ class Run:
         with gallery:
             return self._draw(parts, gallery.keep, (pictures, len(steps), sum(steps)), gallery.pass_by, gallery.close)
 
-    def follow(self, arrivals: Arrivals) -> Summary:
-        """As `draw`, for rows that come while it goes on, each drawn n_iter times before the next.
+    def follow(self, arrivals: Iterable[list[Row]]) -> Summary:
+        """As `draw`, for rows that come while it goes on (`Arrivals`), each drawn n_iter times before the next.
 
         A row that cannot be drawn fails, and the others go on. To go on with an earlier run, all are waited for first.
         """
@@ -233,7 +232,7 @@ class Run:
                         if drawn.outcome is not last:  # once for a batch that failed as a whole
                             logger.error("%s: %s", describe(drawn.job), drawn.outcome)
                         last = drawn.outcome
-                        self.tell("failed", error=str(drawn.outcome), **asked(drawn.job.request))
+                        self.tell("failed", error=str(drawn.outcome), row=drawn.job.place, **asked(drawn.job.request))
                         summary.failed += 1
                     background.do(finish, drawn)
                 interrupt.busy = False
@@ -258,9 +257,8 @@ class Run:
         OutOfMemory where the memory does not hold one picture that is not a row of a file: then it holds none of the
         others, either.
         """
-        if error := jobs[0].error:
-            failed = RequestError(error)
-            yield from (Drawn(job, failed, [job], [], [], 0.0) for job in jobs)
+        if jobs[0].error:
+            yield from (Drawn(job, RequestError(job.error), [job], [], [], 0.0) for job in jobs)
             return
         requests = [job.request for job in jobs]
         noise, begun = self.noise.of(requests), time.monotonic()

@@ -9,11 +9,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint import checkpoint_hash
 from ldm.errors import OutputError
+from ldm.generation.inputs import fingerprint
 from ldm.generation.record import Recorder
 from ldm.generation.request import Request
 
@@ -163,11 +164,18 @@ def settings_hash(request: Request, recorder: Recorder) -> str:
     """A hash of all that makes a picture what it is: its request, its input pictures, the model and how it is run."""
     facts = {
         "request": asdict(request),
-        "files": [checkpoint_hash(path) for path in (request.init_img, request.mask, request.depth_img) if path],
+        "files": [input_hash(path, fingerprint(path)) for path in (request.init_img, request.mask, request.depth_img)
+                  if path],
         "run": recorder.how,
         "model": recorder.sha256,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def input_hash(path: str, fingerprint: tuple | None) -> str | None:
+    """As `file_hash`, once for as long as the file's fingerprint is the same."""
+    return file_hash(Path(path))
 
 
 def file_hash(path: Path) -> str | None:

@@ -12,6 +12,7 @@ from PIL import Image
 from ldm.generation.batch import Run
 from ldm.generation.ledger import file_hash
 from ldm.generation.noise import NoiseSource
+from ldm.generation.request import Request
 from ldm.generation.rows import Row
 
 
@@ -21,11 +22,13 @@ def opened(tmp_path_factory) -> Run:
 
 
 @pytest.fixture
-def draw(opened, tmp_path):
+def draw(opened, tmp_path, monkeypatch):
     """Draw the rows into tmp_path, and give what came of it and the paths of the files that were written."""
+    usual = opened.options
+    monkeypatch.setattr(opened, "options", usual)  # as they are for the next test
 
     def run(rows=killing.ROWS, **options):
-        opened.options = replace(opened.options, outdir=str(tmp_path), **options)
+        opened.options = replace(usual, outdir=str(tmp_path), **options)
         opened.noise = NoiseSource(opened.pipeline.model.device)
         told = []
         opened.tell = lambda event, **facts: told.append(facts["path"]) if event == "saved" else None
@@ -127,6 +130,23 @@ def test_a_row_that_fails_is_recorded_and_the_rest_goes_on(draw, tmp_path, caplo
     rows[1] = killing.ROWS[1]
     summary, written = draw(rows, n_iter=1, skip_grid=True, go_on=True)
     assert (summary.made, [path.name for path in written]) == (1, ["00001.png"])
+
+
+def test_of_rows_that_come_one_that_cannot_be_drawn_is_recorded_and_told_with_its_line(opened, draw, tmp_path, caplog):
+    rows = [Row(killing.SMALL, "line 1"), Row(replace(killing.SMALL, init_img=str(tmp_path / "none.png")), "line 2"),
+            *(Row(Request(prompt="a --ar 1"), f"line {n}", error="no option --ar") for n in (3, 4)),
+            Row(replace(killing.SMALL, seed=7), "line 5")]
+    opened.options = replace(opened.options, outdir=str(tmp_path), n_iter=1)
+    told = []
+    opened.tell = lambda event, **facts: told.append((event, facts))
+    summary = opened.follow([[], rows[:4], [], rows[4:]])
+    assert (summary.made, summary.failed) == (2, 3)
+    assert [facts["path"].name for event, facts in told if facts.get("kind") == "picture"] == ["00000.png", "00004.png"]
+    assert [facts["row"] for event, facts in told if event == "failed"] == ["line 2", "line 3", "line 4"]
+    assert [message.partition(",")[0] for message in caplog.messages] == ["line 2", "line 3", "line 4"]
+    assert [(line["row"], line["error"]) for line in manifest(tmp_path) if line.get("error")] == [
+        ("line 2", f"there is no picture at {tmp_path / 'none.png'}"),
+        ("line 3", "no option --ar"), ("line 4", "no option --ar")]
 
 
 def test_a_run_ends_at_the_first_error_where_that_is_asked_for(draw, tmp_path):
