@@ -11,6 +11,7 @@ import sys
 
 from ldm.generation import arguments
 from ldm.generation.command import draw, execute, replay, rows
+from ldm.generation.options import LATENT_UPSCALER
 
 
 def add_request(parser: arguments.Parser) -> None:
@@ -29,9 +30,11 @@ def parse(argv: list[str] | None = None):
     arguments.add_latents(parser)
     arguments.add_model(parser)
     arguments.add_refiner(parser)
+    arguments.add_upscaler(parser)
     arguments.add_output(parser, "outputs/img2img-samples", n_iter=1, batch_size=2)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
+    args.upscaler = args.upscaler or (LATENT_UPSCALER if args.upscale else None)
     if not (args.init_img or args.from_file or args.replay or args.print_config):
         parser.error("name the picture to start from with --init-img FILE")
     return args

@@ -10,6 +10,7 @@ import sys
 
 from ldm.generation import arguments
 from ldm.generation.command import draw, execute, replay, rows
+from ldm.generation.options import LATENT_UPSCALER
 
 LAION_400M = {
     "config": "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
@@ -33,10 +34,12 @@ def parse(argv: list[str] | None = None):
     arguments.add_latents(parser)
     arguments.add_model(parser)
     arguments.add_refiner(parser)
+    arguments.add_upscaler(parser)
     parser.add_argument("--laion400m", action="store_true", help="take the LAION-400M model at its usual place")
     arguments.add_output(parser, "outputs/txt2img-samples", n_iter=2, batch_size=3)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
+    args.upscaler = args.upscaler or (LATENT_UPSCALER if args.upscale else None)
     if args.laion400m:
         vars(args).update(LAION_400M)
     return args

@@ -16,10 +16,11 @@ import sys
 
 from ldm.generation import arguments
 from ldm.generation.command import draw, execute, replay, rows
+from ldm.generation.options import LATENT_UPSCALER
 from ldm.generation.request import UPSCALER_NOISE, Request
 
 # By the factor: where the model is.
-MODELS = {4: "models/ldm/stable-diffusion-x4-upscaler/model.ckpt", 2: "models/ldm/sd-x2-latent-upscaler"}
+MODELS = {4: "models/ldm/stable-diffusion-x4-upscaler/model.ckpt", 2: LATENT_UPSCALER}
 MADE_FOR = ["LatentUpscaleDiffusion", "LatentUpscale2xDiffusion", "LatentUpscaleDepthDiffusion"]
 
 

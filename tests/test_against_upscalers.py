@@ -12,6 +12,12 @@ from tiny import write_model
 
 from ldm.checkpoint.diffusers import place
 from ldm.checkpoint.kunet import K_UNET
+from ldm.config import load_config, model_section
+from ldm.generation.geometry import geometry
+from ldm.generation.noise import Noise
+from ldm.generation.pipeline import Pipeline
+from ldm.generation.request import Request
+from ldm.models.load import load_model
 from ldm.sampling import tiles
 
 pytestmark = [
@@ -89,6 +95,29 @@ def test_the_x2_upscaler_draws_the_same_latents(x2, photo):
                     generator=seeded(), output_type="latent").images  # fmt: skip
     assert_matches(drawn, want, 1e-3)
     assert [picture.size for picture in pictures] == [(80, 48)] * 2
+
+
+@torch.no_grad()
+def test_latents_are_enlarged_without_a_picture_between_as_by_both_pipelines(x2, tmp_path):
+    ours, theirs = x2
+    checkpoint = write_model(tmp_path, "text")
+    config = checkpoint.with_name("config.yaml")
+    base = load_model(config, checkpoint)
+    sizes = geometry(model_section(load_config(config)))
+    chain = Pipeline(base, sizes, upscaler=ours.pipeline)
+    batch = [Request(prompt, sampler="euler", steps=3, width=32, height=48, upscale=2) for prompt in PROMPTS]
+    latents, noise = [], Noise([seeded()])
+    drawn = chain.generate(batch, noise, lambda x, *_: latents.append(x.clone()))
+    assert [picture.image.size for picture in drawn] == [(64, 96)] * 2
+    assert len(latents) == chain.moves(batch[0]) == 3 + 20
+    generator = seeded()
+    torch.randn(2, 4, 12, 8, generator=generator)  # what the first model began with
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="linspace", prediction_type="sample")
+    pipeline = diffusers.StableDiffusionLatentUpscalePipeline(**vars(theirs), scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    want = pipeline(PROMPTS, latents[2], num_inference_steps=20, guidance_scale=1.0, generator=generator,
+                    output_type="latent").images  # fmt: skip
+    assert_matches(latents[-1], want, 1e-3)
 
 
 def seams(model, side: int) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from ldm.generation.options import ModelOptions, find, learned, weighted
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"lora": "LoRA", "embedding": "embedding", "refiner": "refiner"}  # option -> what it names
+KINDS = {"lora": "LoRA", "embedding": "embedding", "refiner": "refiner",
+         "upscaler": "upscaler"}  # option -> what it names
 
 # What a record says of one file: its name, its hash, and its weight or its words.
 Entry = dict[str, Any]
@@ -51,8 +52,9 @@ def read_adapters(options: ModelOptions) -> Adapters:
         words += found
         told["embedding"].append(
             {"file": name, "sha256": checkpoint_hash(find(name)), "words": [word.text for word in found]})
-    if options.refiner:
-        told["refiner"].append({"file": options.refiner, "sha256": checkpoint_hash(find(options.refiner))})
+    for kind, name in (("refiner", options.refiner), ("upscaler", options.upscaler)):
+        if name:
+            told[kind].append({"file": name, "sha256": checkpoint_hash(find(name))})
     return Adapters(tuple(loras), tuple(words), told)
 
 
@@ -65,7 +67,7 @@ def recall(recorded: Mapping[str, list[Entry]]) -> dict[str, tuple[str, ...] | s
         for entry in (entry for kind in KINDS for entry in recorded[kind]):
             describe(entry)  # needs all of it
         found = {kind: tuple(spell(entry) for entry in recorded[kind] if at_hand(entry)) for kind in KINDS}
-        return found | {"refiner": next(iter(found["refiner"]), None)}
+        return found | {kind: next(iter(found[kind]), None) for kind in ("refiner", "upscaler")}
     except (KeyError, TypeError, ValueError) as error:
         raise ImageError(f"the record of the picture's adapters is not complete: {error!r}") from error
 

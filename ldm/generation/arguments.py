@@ -8,7 +8,15 @@ from typing import Any, NoReturn
 
 from ldm.errors import RequestError
 from ldm.generation import settings
-from ldm.generation.options import MEMORIES, PRECISIONS, SAFETY_ACTIONS, WATERMARKS, ModelOptions, RunOptions
+from ldm.generation.options import (
+    LATENT_UPSCALER,
+    MEMORIES,
+    PRECISIONS,
+    SAFETY_ACTIONS,
+    WATERMARKS,
+    ModelOptions,
+    RunOptions,
+)
 from ldm.generation.request import (
     ETA_SAMPLERS,
     LONG_PROMPTS,
@@ -181,6 +189,14 @@ def add_refiner(parser: Parser) -> None:
         "--refiner", metavar="FILE", help="weights of a second model, which draws the last steps: see --refine_from")
 
 
+def add_upscaler(parser: Parser) -> None:
+    group = parser.add_argument_group("larger pictures")
+    group.add_argument("--upscale", type=int, choices=(2,), metavar="2",
+                       help="draw the finished latents again at twice their sides, before they become a picture")
+    group.add_argument("--upscaler", metavar="DIR",
+                       help=f"the model that does so, with --upscale (default: {LATENT_UPSCALER})")
+
+
 def add_latents(parser: Parser) -> None:
     group = parser.add_argument_group("latents (the config says both; given here, they are checked against it)")
     group.add_argument("--C", dest="channels", type=int, metavar="N", help="latent channels")
@@ -279,6 +295,7 @@ def shared_options() -> set[str]:
     add_size(parser)
     add_measures(parser)
     add_refiner(parser)
+    add_upscaler(parser)
     add_rows(parser)
     add_latents(parser)
     add_model(parser)

@@ -152,7 +152,7 @@ class Run:
         """How many steps a batch takes."""
         alike = settings(batch[0].request)
         if alike not in self._steps:
-            self._steps[alike] = len(self.pipeline.path(alike).levels) - 1
+            self._steps[alike] = self.pipeline.moves(alike)
         return self._steps[alike]
 
     def _watch(self, bar: tqdm, preview: Preview | None, batch: int, steps: int) -> OnStep:

@@ -37,12 +37,20 @@ class Geometry:
         """The latent's shape (c, h, w) for a picture in pixels."""
         return self.channels, height // self.factor, width // self.factor
 
-    def check_upscale(self, request: Request) -> None:
-        """Raise RequestError where a picture is to be enlarged otherwise than the model does it."""
-        if (request.upscale or 1) == self.enlarges:
+    def check_upscale(self, request: Request, beside: bool = False) -> None:
+        """Raise RequestError where a picture is to be enlarged otherwise than the model does it.
+
+        beside: the model enlarges what another one has drawn, where that is asked for.
+        """
+        if beside and request.upscale and request.mask:
+            raise RequestError("what is repainted in a picture cannot be enlarged with it: leave --upscale out")
+        if request.upscale == self.enlarges or (request.upscale is None and (beside or self.enlarges == 1)):
             return
         if self.enlarges == 1:
-            raise RequestError("this model does not enlarge pictures: name an upscaler with --ckpt")
+            raise RequestError("this model does not enlarge pictures: name an upscaler, with --upscaler in txt2img.py "
+                               "and img2img.py, with --ckpt in upscale.py")
+        if beside:
+            raise RequestError(f"this upscaler enlarges pictures {self.enlarges} times: take --upscale {self.enlarges}")
         raise RequestError(f"this model enlarges pictures {self.enlarges} times: use scripts/upscale.py with "
                            f"--init-img and --scale_factor {self.enlarges}")
 

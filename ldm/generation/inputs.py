@@ -18,6 +18,8 @@ from ldm.image.io import fill_up, fit, read_depth, read_image, read_mask, read_s
 
 logger = logging.getLogger(__name__)
 
+UPSCALES = "this model enlarges a picture: use scripts/upscale.py with --init-img"
+
 
 class Given(NamedTuple):
     """What a batch starts from, on its device; None where it does not.
@@ -73,6 +75,8 @@ class Inputs:
 def read_inputs(request: Request, geometry: Geometry) -> Inputs:
     """Read what a request starts from, at the size that is drawn. Raises ImageError, RequestError."""
     if request.init_img is None:
+        if geometry.enlarges > 1:
+            raise RequestError(UPSCALES)
         return Inputs(*geometry.size(request))
     if request.varies:
         return Inputs(*geometry.size(request), _read_whole(request.init_img, fingerprint(request.init_img)))

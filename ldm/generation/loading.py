@@ -20,7 +20,7 @@ from ldm.generation.batch import Run
 from ldm.generation.events import Tell
 from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
-from ldm.generation.options import ModelOptions, RunOptions, find, find_checkpoint
+from ldm.generation.options import LATENT_UPSCALER, ModelOptions, RunOptions, find, find_checkpoint
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
 from ldm.generation.rows import Row, check_rows
@@ -63,6 +63,9 @@ def choose(options: ModelOptions, made_for: Sequence[str] = ()) -> Chosen:
                     f"there is no checkpoint at {options.ckpt}: put {model.what} there, have it fetched with "
                     f"python scripts/fetch_model.py {alias}, or name yours with --ckpt FILE"
                 )
+        if options.ckpt == LATENT_UPSCALER:
+            raise CheckpointError(f"there is no folder {options.ckpt}: put stabilityai/sd-x2-latent-upscaler of the "
+                                  "Hugging Face hub there, or name yours")
     if checkpoint != find(options.ckpt):
         logger.info("no checkpoint at %s: this is %s, which draws coloured shapes alone; python scripts/fetch_model.py "
                     "v1.4 gets Stable Diffusion", options.ckpt, checkpoint)
@@ -82,8 +85,8 @@ def check_kind(target: str, made_for: Sequence[str], checkpoint: Path) -> None:
     family = open_checkpoint(checkpoint).family
     name = kinds[0] if family is UNKNOWN else family.name
     script = family.script or "another script, such as scripts/txt2img.py"
-    raise RequestError(f"{checkpoint} ({name}) is no model for this script, which runs a {' or '.join(made_for)}: "
-                       f"use {script}, or name another checkpoint with --ckpt")
+    raise RequestError(f"{checkpoint} ({name}) is no {' or '.join(made_for)}, which is needed here: use {script} for "
+                       "it, or name another checkpoint")
 
 
 def choose_refiner(path: str) -> Chosen:
@@ -93,6 +96,19 @@ def choose_refiner(path: str) -> Chosen:
     except CheckpointError as error:
         hint = "put its YAML beside it as config.yaml"
         raise CheckpointError(str(error).replace("name its YAML with --config", hint)) from error
+
+
+def choose_upscaler(path: str, first: Chosen) -> Chosen:
+    """As `choose`, of a model that enlarges the latents of the first. Raises RequestError where it cannot."""
+    chosen = choose(ModelOptions(ckpt=path), ["LatentUpscale2xDiffusion"])
+    drawn, taken = (
+        (one.geometry.channels, one.geometry.factor, one.section.params.get("scale_factor", 1.0))
+        for one in (first, chosen)
+    )
+    if drawn != taken:
+        raise RequestError(f"{chosen.checkpoint} enlarges other latents than {first.checkpoint} draws: take "
+                           "scripts/upscale.py, which starts from pictures")
+    return chosen
 
 
 def together(models: Sequence[Chosen], outlines: Sequence[LatentDiffusion]) -> Geometry:
@@ -163,7 +179,9 @@ def open_run(
     models = [chosen, *([choose_refiner(model.refiner)] if model.refiner else [])]
     outlines = [build_model(one.config) for one in models]
     sizes = together(models, outlines)
-    check_rows(rows, Pipeline(outlines[0], sizes, "full", *outlines[1:]).check)
+    upscaler = choose_upscaler(model.upscaler, chosen) if model.upscaler else None
+    larger = upscaler and Pipeline(build_model(upscaler.config), upscaler.geometry)
+    check_rows(rows, Pipeline(outlines[0], sizes, "full", *outlines[1:], upscaler=larger).check)
     if chosen.grammar:
         check_prompts(rows, chosen.grammar)
     check_outdir(options.outdir)
@@ -173,15 +191,15 @@ def open_run(
         finish.text = open_checkpoint(chosen.checkpoint).family.watermark
     precision = pick_precision(model.precision, device)
     weights = 0
-    for one in models:
+    for one in (*models, *([upscaler] if upscaler else [])):
         logger.debug("%s, built as %s says, on %s in %s precision", one.checkpoint, one.config, device, precision)
         weights += weigh(one.checkpoint, DTYPES[precision])
     memory = pick_memory(model.memory, device, weights)
     saving = SAVINGS[memory]
-    loaded = []
-    for one, outline in zip(models, outlines, strict=True):
+
+    def load(one: Chosen, outline: LatentDiffusion) -> LatentDiffusion:
         with as_out_of_memory(f"{device} has no room for {one.checkpoint}: try --memory lowest or --precision bf16"):
-            loaded.append(load_model(
+            loaded = load_model(
                 one.config,
                 one.checkpoint,
                 device="cpu" if saving.stages else device,
@@ -189,11 +207,14 @@ def open_run(
                 use_ema=model.use_ema,
                 mapped=saving.network,
                 outline=outline,
-            ))
+            )
             if one is chosen:
-                adapters.put_into(loaded[0])
-            else:
-                loaded[1].first_stage_model = None  # what a refiner draws is decoded by the first model's
+                adapters.put_into(loaded)
+            elif one is not upscaler:
+                loaded.first_stage_model = None  # what a refiner draws is decoded by the first model's
+            return loaded
+
+    loaded = [load(one, outline) for one, outline in zip(models, outlines, strict=True)]
     how = {
         "device": device.type,
         "precision": precision,
@@ -205,4 +226,7 @@ def open_run(
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
     placed = [place(one, device, memory) for one in loaded]
-    return Run(Pipeline(placed[0], sizes, precision, *placed[1:]), options, finish, recorder, tell)
+    if upscaler:
+        larger = Pipeline(place(load(upscaler, larger.model), device, memory), upscaler.geometry, precision)
+    pipeline = Pipeline(placed[0], sizes, precision, *placed[1:], upscaler=larger)
+    return Run(pipeline, options, finish, recorder, tell)

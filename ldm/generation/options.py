@@ -12,6 +12,7 @@ PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
 MEMORIES = ("auto", "low", "lowest")
 SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
 WATERMARKS = ("StableDiffusionV1", "SDV2")  # what the originals write into their pictures, the first by default
+LATENT_UPSCALER = "models/ldm/sd-x2-latent-upscaler"  # a folder
 INTERRUPTED = 130  # the exit code
 AHEAD = 16  # batches: how far a row is looked for that can join another
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,7 +26,8 @@ class ModelOptions:
     config: None takes the one beside the checkpoint, else the shipped one of the family that the checkpoint tells.
     use_ema: True for the averaged weights, False for the others, None for what the config says. lora: FILE or
     FILE:WEIGHT each, embedding: FILE or FILE:WORD each. refiner: the weights of a second model, which goes on where
-    a request says so; its config is the one beside them, or as they tell.
+    a request says so; its config is the one beside them, or as they tell. upscaler: those of a model that draws latents
+    again with larger sides, where a request says so.
     """
 
     config: str | None = None
@@ -37,6 +39,7 @@ class ModelOptions:
     lora: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
     refiner: str | None = None
+    upscaler: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)

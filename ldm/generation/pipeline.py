@@ -41,17 +41,29 @@ class Picture:
     depth: Image.Image | None = None
 
 
+# How an upscaler draws latents again: as its authors do.
+ENLARGING = {"sampler": "euler", "steps": 20, "scale": 1.0}
+
+
+def enlarging(request: Request) -> Request:
+    """What an upscaler is asked for after a request: the same prompt, by ENLARGING."""
+    same = {name: getattr(request, name) for name in ("prompt", "prompt_weights", "long_prompt", "upscale", "tile")}
+    return Request(**same, **ENLARGING)
+
+
 class Pipeline:
     """Draws batches with one model, or two that meet in the latent. The requests of a batch differ in prompts, seeds
     and classes alone.
 
     refiner: the model of the last levels (Podell et al. 2023, section 2.5), on the latents and levels of the first.
+    upscaler: the one that draws the finished latents again, with larger sides, where a request asks for that.
     """
 
     def __init__(
         self, model: LatentDiffusion, geometry: Geometry, precision: str = "full",
-        refiner: LatentDiffusion | None = None,
+        refiner: LatentDiffusion | None = None, upscaler: "Pipeline | None" = None,
     ):
+        self.upscaler = upscaler
         self.models = [model] if refiner is None else [model, refiner]
         self.model = model
         self.geometry = geometry
@@ -67,7 +79,7 @@ class Pipeline:
             stages.check(model, request)
         encoders = (model.cond_stage_model for model in self.models)
         measures.check(request, [key for encoder in encoders for key in getattr(encoder, "measures", ())])
-        self.geometry.check_upscale(request)
+        (self.upscaler or self).geometry.check_upscale(request, beside=self.upscaler is not None)
         read_inputs(request, self.geometry)
         self.path(request)
 
@@ -90,9 +102,25 @@ class Pipeline:
             told = [stages.condition(model, batch, given, shape[1:], steps, draw, known)
                     for model, known in zip(self.models, (self.known, self.known_to_refiner))]
             latents = self._sample(batch, told, given, shape, draw, on_step)
+            last = self.upscaler if self.upscaler and batch[0].upscale else self
+            if last is not self:
+                latents = last.enlarge(batch, latents, draw, on_step)
             cuts = told[0].cut or [""] * len(batch)
             # One by one, for the memory of a single picture.
-            return [self._picture(*one, inputs) for one in zip(latents.split(1), batch, cuts, strict=True)]
+            return [last._picture(*one, inputs) for one in zip(latents.split(1), batch, cuts, strict=True)]
+
+    def enlarge(self, batch: Sequence[Request], latents: Tensor, draw: Noise, on_step: OnStep) -> Tensor:
+        """Draw latents (b, c, h, w), which another model has made of the batch, anew at larger sides."""
+        batch = [enlarging(request) for request in batch]
+        shape = latents.shape[1], *(side * self.geometry.enlarges for side in latents.shape[2:])
+        steps = self.moves(batch[0])
+        told = stages.condition(self.model, batch, Given(latent=latents), shape[1:], steps, draw, self.known)
+        return self._sample(batch, [told], Given(), shape, draw, on_step)
+
+    def moves(self, request: Request) -> int:
+        """How many steps the walk of a request takes, an upscaler's included."""
+        more = self.upscaler.moves(enlarging(request)) if self.upscaler and request.upscale else 0
+        return len(self.path(request).levels) - 1 + more
 
     def _picture(self, latent: Tensor, request: Request, cut: str, inputs: Inputs) -> Picture | NumericalError:
         try:
@@ -153,7 +181,7 @@ class Pipeline:
 
         for model, condition, leg in zip(self.models, told, self.legs(request, levels), strict=True):
             apply_model = model.apply_model
-            if request.upscale and request.tile:
+            if self.geometry.enlarges > 1 and request.tile:
                 apply_model = sampling.tiled(apply_model, *self.geometry.tile(request.tile))
             roles = condition.at(done).roles
             denoise = sampling.Denoiser(sampling.ask(apply_model, roles), model.parameterization, guidance)

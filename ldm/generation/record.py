@@ -22,7 +22,7 @@ PACKAGES = ("torch", "numpy", "transformers", "pillow", "invisible-watermark")
 
 # The settings of a run that may change a picture.
 HOW = ("device", "precision", "memory", "use_ema", "watermark", "safety")
-ADAPTERS = ("lora", "embedding", "refiner")
+ADAPTERS = ("lora", "embedding", "refiner", "upscaler")
 
 
 class Recorder:

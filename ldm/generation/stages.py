@@ -14,7 +14,7 @@ from torch.nn import functional
 from ldm import sampling
 from ldm.errors import NumericalError, RequestError
 from ldm.generation import measures
-from ldm.generation.inputs import Given
+from ldm.generation.inputs import UPSCALES, Given
 from ldm.generation.noise import Noise
 from ldm.generation.request import UPSCALER_NOISE, Request, check_range
 from ldm.generation.words import Known, Words, script
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 REPAINTS = "this model repaints a part of a picture: use scripts/inpaint.py with --init-img and --mask"
 VARIES = "this model draws variations of a picture: use scripts/variation.py with --init-img"
 EDITS = "this model edits a whole picture as the prompt says: use scripts/edit.py with --init-img"
-UPSCALES = "this model enlarges a picture: use scripts/upscale.py with --init-img"
 UPSCALES_PAIR = ("this model enlarges a picture with its depth: use scripts/upscale.py with --init-img, --depth-img "
                  "and --scale_factor 2")
 KEEPS_DEPTH = "this model keeps the depth of a picture: use scripts/depth2img.py with --init-img"
@@ -313,7 +312,7 @@ def pair_latent(
 def enlarges(request: Request) -> bool:
     """Whether a request is for a larger copy of a whole picture, and no more."""
     plain = request.mask is None and not request.width and not request.height and request.strength == 1.0
-    return request.init_img is not None and request.upscale is not None and plain
+    return request.upscale is not None and plain
 
 
 def check_noise_level(model: LatentUpscaleDiffusion, request: Request) -> None:

@@ -97,3 +97,33 @@ def test_another_script_names_this_one(script, models, small, name):
     done = script(name, "--ckpt", models["x4"], *(["--init-img", small] if name == "img2img" else []))
     assert done.code == 2
     assert "use scripts/upscale.py with --init-img" in done.said
+
+
+@pytest.fixture
+def txt2img(script, models):
+    """Two steps on a tiny text-to-image model, then an upscaler."""
+    return lambda *options, upscaler="x2": script(
+        "txt2img", "--ckpt", models["text"], "--upscale", 2, "--upscaler", models[upscaler], "--steps", 2, "--W", 32,
+        "--H", 32, "--n_iter", 1, "--n_samples", 2, "--safety", "off", "--watermark", "off", "--skip_grid", "--prompt",
+        "a fox", *options)  # fmt: skip
+
+
+def test_what_is_drawn_from_a_prompt_is_drawn_again_at_twice_its_size_before_it_is_decoded(txt2img, script, models):
+    first = txt2img()
+    assert (first.code, len(first.out), first.err) == (0, 2, [])
+    assert {read_image(path).size for path in first.out} == {(64, 64)}
+    assert read_record(first.out[0])["run"]["upscaler"][0]["file"] == str(models["x2"])
+    again = script("txt2img", "--ckpt", models["text"], "--replay", first.out[1], "--outdir", "again")
+    assert Path(again.out[0]).read_bytes() == Path(first.out[1]).read_bytes()
+
+
+def test_a_model_that_enlarges_no_latents_is_no_upscaler(txt2img):
+    done = txt2img(upscaler="text")
+    assert done.code == 2
+    assert "is no LatentUpscale2xDiffusion" in done.said
+
+
+def test_without_the_upscaler_it_says_where_that_belongs(script, models):
+    done = script("txt2img", "--ckpt", models["text"], "--upscale", 2)
+    assert done.code == 3
+    assert "models/ldm/sd-x2-latent-upscaler" in done.said
