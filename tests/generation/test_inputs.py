@@ -21,7 +21,7 @@ def read(**settings):
 def test_a_request_that_starts_from_nothing_has_a_size_alone():
     inputs = read(width=32)
     assert inputs.size == (32, 64)
-    assert inputs.tensors(torch.device("cpu")) == Given()
+    assert inputs.tensors(torch.device("cpu")) == Given(size=(32, 64))
 
 
 def test_a_picture_keeps_its_size_in_whole_steps(photo, tmp_path, caplog):
