@@ -46,7 +46,7 @@ def test_the_concept_is_what_is_asked_for(draw, pipeline):
     ours, theirs = (draw("text", Request("a fox", **SETTINGS, **more))[0] for more in ({}, {"safe_concept": "a fox"}))
     assert differ(ours, theirs) > 1
     request = Request("a fox", safe="weak", scale=1.0)
-    told = stages.condition(pipeline("text").model, [request], Given(), (4, 4), 3).roles
+    told = stages.condition(pipeline("text").model, [request], Given(), (4, 4), 3, None).roles
     for role, text in (("cond", "a fox"), ("uncond", ""), ("concept", CONCEPT)):
         assert (getattr(told, role) - pipeline("text").model.get_learned_conditioning([text])).abs().max() < 1e-6
 

@@ -1,5 +1,5 @@
-"""Every member of the family with the scripts that it is for: samplers by rotation, rows, records, replays, and less
-memory; and with one that it is not for, which names the right one."""
+"""Every member of the family with the scripts that it is for: samplers by rotation, rows, records, replays, less
+memory and Safe Latent Diffusion; and with one that it is not for, which names the right one."""
 
 from pathlib import Path
 
@@ -86,8 +86,8 @@ def test_every_member_has_a_script_here_and_a_stranger_and_every_sampler_its_mem
 def test_a_member_draws_rows_with_its_samplers_and_makes_the_last_again_byte_for_byte(script, models, number):
     member, name, needs, side = CELLS[number]
     samplers = rotated(number)
-    prompt = "" if member in PROMPTLESS else "a fox"
-    Path("rows.txt").write_text("".join(f"{prompt} --sampler {sampler}\n" for sampler in samplers))
+    prompt, safe = ("", "") if member in PROMPTLESS else ("a fox", " --safe 500,0,0.2,0.5,0.7")
+    Path("rows.txt").write_text("\n".join(f"{prompt} --sampler {sampler}" for sampler in samplers) + safe)
     options = ("--ckpt", models[member], *SMALL)
     first = script(name, *options, *needs, "--from-file", "rows.txt")
     assert first.code == 0, first.err
