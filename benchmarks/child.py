@@ -24,7 +24,7 @@ def load(tool: str, precision: str, file: Path) -> None:
         from ldm.models.load import load_model
 
         begun, used = time.perf_counter(), time.process_time()
-        place(load_model(CONFIG, file, dtype=DTYPES[precision]), torch.device("cpu"))
+        place(load_model(CONFIG, file, dtype=DTYPES[precision], layout=torch.channels_last), torch.device("cpu"))
     elif file.is_dir():
         from diffusers import StableDiffusionPipeline
 

@@ -22,7 +22,8 @@ class Ours:
         from ldm.memory import place
         from ldm.models.load import load_model
 
-        self.model = place(load_model(CONFIG, files.ckpt, dtype=DTYPES[precision]), torch.device("cpu"))
+        model = load_model(CONFIG, files.ckpt, dtype=DTYPES[precision], layout=torch.channels_last)
+        self.model = place(model, torch.device("cpu"))
 
     def denoise(self, x: Tensor, t: int, cond: Tensor, uncond: Tensor, scale: float) -> Run:
         """One step of the network with classifier-free guidance: x, (b, 4, h, w), to the noise in it."""

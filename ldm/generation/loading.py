@@ -207,6 +207,7 @@ def open_run(
                 use_ema=model.use_ema,
                 mapped=saving.network,
                 outline=outline,
+                layout=torch.contiguous_format if saving.network else torch.channels_last,
             )
             if one is chosen:
                 adapters.put_into(loaded)

@@ -12,7 +12,7 @@ def chosen(request):
     set_attention(previous)
 
 
-every_method = pytest.mark.parametrize("chosen", ["sdpa", "sliced", "math"], indirect=True)
+every_method = pytest.mark.parametrize("chosen", ["sdpa", "cached", "sliced", "math"], indirect=True)
 
 
 def plain(q, k, v, scale, mask=None):
@@ -46,6 +46,24 @@ def test_slices_of_any_size_give_the_same(chosen, entries, monkeypatch):
     torch.testing.assert_close(attention(q, k, v, 0.3), plain(q, k, v, 0.3))
 
 
+@pytest.mark.parametrize("entries", [1, 30, 60, 2**20])
+@pytest.mark.parametrize("chosen", ["cached"], indirect=True)
+def test_few_rows_at_a_time_give_the_same_in_bfloat16(chosen, entries, monkeypatch):
+    monkeypatch.setattr(attention_ops, "CACHED_ENTRIES", entries)
+    q, (k, v) = torch.randn(2, 3, 7, 8).bfloat16(), torch.randn(2, 2, 3, 5, 8).bfloat16()
+    with torch.no_grad():
+        got = attention(q, k, v, 0.3)
+    assert not got.is_contiguous()
+    assert got.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(got.float(), plain(q, k, v, 0.3), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("chosen", ["cached"], indirect=True)
+def test_gradients_go_through_the_fused_kernel(chosen):
+    q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    attention(q, k, v, 0.3).float().sum().backward()
+
+
 @pytest.mark.parametrize("chosen", ["math", "sliced"], indirect=True)
 def test_large_scores_do_not_overflow_half_precision(chosen):
     q = torch.full((1, 1, 2, 64), 50.0, dtype=torch.float16)
@@ -56,7 +74,7 @@ def test_large_scores_do_not_overflow_half_precision(chosen):
 def test_choosing_gives_back_the_previous_choice_and_refuses_unknown_ones():
     assert set_attention("math") == "sdpa"
     assert set_attention("sdpa") == "math"
-    with pytest.raises(ValueError, match="sdpa, sliced, math"):
+    with pytest.raises(ValueError, match="sdpa, cached, sliced, math"):
         set_attention("flash")
 
 
