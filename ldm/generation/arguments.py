@@ -157,6 +157,9 @@ def add_sampling(
                        help=f"noise added at each step, 0 to 1, with {', '.join(ETA_SAMPLERS)} (default: %(default)s)")
     group.add_argument(*guidance, dest="scale", type=float, default=scale, metavar="X",
                        help="guidance: 1 is none, more follows the prompt more closely (default: %(default)s)")
+    group.add_argument("--guidance_interval", metavar="LO,HI",
+                       help="guide only at noise levels, sigma / alpha, above LO and up to HI, such as 0.28,5.4; the "
+                       "other steps take half the time (default: everywhere)")
     group.add_argument("--seed", type=int, default=Request.seed, metavar="N", help="(default: %(default)s)")
     group.add_argument("--seed_mode", choices=SEED_MODES, default=Request.seed_mode,
                        help="run: one noise a batch on the sampling device, as CompVis; image: seed, seed+1, ... "

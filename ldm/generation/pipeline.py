@@ -1,6 +1,7 @@
 """A loaded model and how it runs: one batch of requests in, finished pictures out."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ldm.generation import measures, stages
 from ldm.generation.geometry import Geometry
 from ldm.generation.inputs import Given, Inputs, read_inputs
 from ldm.generation.noise import Noise
-from ldm.generation.request import Request
+from ldm.generation.request import Request, interval
 from ldm.generation.safe import strength
 from ldm.generation.words import Known
 from ldm.image.depth import to_depth
@@ -159,6 +160,7 @@ class Pipeline:
         start, levels = self.path(request)
         away = sampling.Away(*strength(request.safe)) if request.safe else None
         guidance = sampling.Guidance(request.scale, request.image_scale, away)
+        guided = (-math.inf, math.inf) if request.guidance_interval is None else interval(request.guidance_interval)
         blending = given.mask is not None and model.model.conditioning_key not in ("hybrid", "concat")
         clean = stages.first_latent(model, given.image) if start.alpha or blending else 0.0
         keep = functional.interpolate(given.mask, size=shape[1:]) if blending else None
@@ -184,7 +186,7 @@ class Pipeline:
             if self.geometry.enlarges > 1 and request.tile:
                 apply_model = sampling.tiled(apply_model, *self.geometry.tile(request.tile))
             roles = condition.at(done).roles
-            denoise = sampling.Denoiser(sampling.ask(apply_model, roles), model.parameterization, guidance)
+            denoise = sampling.Denoiser(sampling.ask(apply_model, roles), model.parameterization, guidance, guided)
             moves = sampler(look, x, leg, self.schedule, **options)
             for x, level in zip(moves, leg[1:], strict=True):
                 done += 1

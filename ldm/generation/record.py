@@ -63,6 +63,7 @@ class Recorder:
             "Sampler": sampler_label(request.sampler, request.schedule),
             "CFG scale": request.scale,
             "Image CFG scale": request.image_scale,
+            "Guidance interval": request.guidance_interval,
             "Safe": request.safe,
             "Seed": request.seed,
             "Size": f"{width}x{height}",

@@ -33,6 +33,7 @@ class Request:
     varies: `init_img` is not drawn over but told as a whole, at any size. noise_level: of the noise in which a small
     picture, or what is seen in one that is varied, is told, in steps of its schedule; None is the model's usual one.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
+    guidance_interval: "LO,HI", the noise levels between which `scale` counts; None is everywhere.
     safe: how far to keep from `safe_concept`, as `ldm.generation.safe` reads it; None is not at all.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
@@ -52,6 +53,7 @@ class Request:
     solver_method: str = "multistep"
     scale: float = 7.5
     image_scale: float | None = None
+    guidance_interval: str | None = None
     seed: int = 42
     seed_mode: str = "run"
     fixed_code: bool = False
@@ -101,6 +103,10 @@ class Request:
             raise RequestError(f"image_scale must be a finite number, got {self.image_scale}; 1.5 is usual")
         if self.safe is not None:
             strength(self.safe)
+        if self.guidance_interval is not None:
+            interval(self.guidance_interval)
+            if self.safe is not None:
+                raise RequestError("safe steers at every noise level: leave guidance_interval out with it")
         if self.eta and self.sampler not in ETA_SAMPLERS:
             raise RequestError(f"ddim_eta must be 0 with {self.sampler}, got {self.eta}; only ddim takes an eta")
         for name in ("width", "height"):
@@ -135,6 +141,17 @@ class Request:
         if unknown:
             raise RequestError(f"this version does not know the settings {', '.join(unknown)}")
         return cls(**record)
+
+
+def interval(text: str) -> tuple[float, float]:
+    """The lowest and the highest noise level, as sigma / alpha, that "LO,HI" names. Raises RequestError."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise RequestError(f"guidance_interval must be two noise levels LO,HI such as 0.28,5.4, got {text!r}") from error
+    if not 0 <= low < high:
+        raise RequestError(f"guidance_interval must rise from its LO, 0 or more, to its HI, got {text!r}; 0.28,5.4 does")
+    return low, high
 
 
 def check_text(name: str, text: str) -> None:

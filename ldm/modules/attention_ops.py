@@ -1,8 +1,8 @@
 """Four ways to compute softmax(q k^T * scale) v, and the one setting that picks among them for the whole process.
 
     sdpa    torch's fused kernels: no score matrix is ever stored, and nearly everywhere the fastest
-    cached  a few query rows at a time, whose scores stay in the processor's cache: the fastest in bfloat16 on processors
-            that compute in it but have no matrix unit, for which the fused kernel is made
+    cached  a few query rows at a time, whose scores stay in the processor's cache: the fastest in bfloat16 on a
+            processor that computes in it but has no matrix unit, for which the fused kernel is made
     sliced  a few query rows at a time, for devices whose fused kernel stores the whole score matrix
     math    the plain formula with a float32 softmax, as a reference
 """

@@ -1,5 +1,6 @@
 """A network, its parameterization and its guidance as one function: (x, level) -> Prediction."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,21 @@ from ldm.sampling.prediction import Level, Prediction, eps_slope, to_prediction
 class Denoiser:
     """What samplers call: x (b, c, h, w) at a level -> the clean latent and the noise in it.
 
-    ask: (x, t (b,)) -> what the network says to all that it is told, which the loop around a walk may replace from step
-    to step; kind: what that is, eps, v or x0; guidance: makes one output of it.
+    ask: (x, t (b,), alone) -> what the network says to all that it is told, or to the prompt alone, which the loop
+    around a walk may replace from step to step; kind: what that is, eps, v or x0; guidance: makes one output of it.
+    interval: the noise levels (low, high], of sigma / alpha, that are guided (Kynkäänniemi et al. 2024, eq. 6); at the
+    others the prompt is asked alone.
     """
 
     ask: Ask
     kind: str
     guidance: Guidance
+    interval: tuple[float, float] = (-math.inf, math.inf)
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        out = self.guidance(self.ask(x, timestep(level.t, x)), eps_slope(self.kind, level))
+        low, high = self.interval
+        alone = not low < level.edm_sigma <= high
+        out = self.guidance(self.ask(x, timestep(level.t, x), alone), eps_slope(self.kind, level))
         return to_prediction(self.kind, x, out, level)
 
 

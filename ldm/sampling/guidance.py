@@ -26,7 +26,7 @@ class Told(NamedTuple):
     concept: Any = None
 
 
-Ask = Callable[[Tensor, Tensor], Told]
+Ask = Callable[[Tensor, Tensor, bool], Told]
 
 
 @dataclass
@@ -81,16 +81,19 @@ class Guidance:
 
 
 def ask(apply_model: ApplyModel, told: Told) -> Ask:
-    """Bind conditionings to a network: (x (b, c, h, w), t (b,)) -> its output under each, in one call on all of them.
+    """Bind conditionings to a network: (x (b, c, h, w), t (b,), alone) -> its output under each, in one call on all.
 
+    alone: ask for that of the prompt and nothing else, at a share of the cost.
     Raises ValueError where their structures differ.
     """
     roles = [role for role, one in told._asdict().items() if one is not None]
     if roles in ([], ["cond"]):
-        return lambda x, t: Told(cond=apply_model(x, t, told.cond))
+        return lambda x, t, alone: Told(cond=apply_model(x, t, told.cond))
     count, every = len(roles), reduce(stack, (getattr(told, role) for role in roles))
 
-    def outputs(x: Tensor, t: Tensor) -> Told:
+    def outputs(x: Tensor, t: Tensor, alone: bool) -> Told:
+        if alone:
+            return Told(cond=apply_model(x, t, told.cond))
         said = apply_model(torch.cat([x] * count), torch.cat([t] * count), every)
         return Told(**dict(zip(roles, said.chunk(count), strict=True)))
 
@@ -103,7 +106,7 @@ def guide(apply_model: ApplyModel, cond: Any, uncond: Any = None, scale: float =
     A negative prompt is an uncond. One plain call if scale is 1 or uncond is None.
     """
     outputs, guidance = ask(apply_model, Told(cond=cond, uncond=None if scale == 1 else uncond)), Guidance(scale)
-    return lambda x, t: guidance(outputs(x, t))
+    return lambda x, t: guidance(outputs(x, t, False))
 
 
 def stack(first: Any, second: Any) -> Any:

@@ -49,6 +49,22 @@ def test_every_sampler_draws_from_every_start_in_as_many_steps_as_its_path_has(p
         assert np.array_equal(drawn[:, 16:], np.asarray(Image.open(photo))[:, 16:])
 
 
+def test_guidance_in_an_interval_counts_at_its_levels_alone(pipeline):
+    text, plain = pipeline("text"), Request(sampler="ddim", **SMALL)
+
+    def walk(request: Request) -> list[torch.Tensor]:
+        latents = []
+        text.generate([request], noise(), lambda x, x0: latents.append(x.clone()))
+        return latents
+
+    middle = text.path(plain).levels[1].edm_sigma
+    guided, unguided = walk(plain), walk(replace(plain, scale=1.0))
+    between = walk(replace(plain, guidance_interval=f"{0.9 * middle},{1.1 * middle}"))
+    assert [one.equal(other) for one, other in zip(between, unguided)] == [True, False, False]
+    assert not between[1].equal(guided[1])
+    assert walk(replace(plain, guidance_interval="0,inf"))[-1].equal(guided[-1])
+
+
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("method", ["multistep", "singlestep"])
 def test_the_order_and_the_method_of_dpm_solver_reach_it(draw, order, method):
