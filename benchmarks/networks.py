@@ -36,7 +36,8 @@ def read(tool) -> Run:
 
 @torch.inference_mode()
 def compare(case: Case, settings: Settings) -> Measured:
-    """Time `case.options`, a function of a tool and its arguments, on both sides, after their outputs agree.
+    """Time `case.options`, a function of a tool and its arguments, on both sides, after their outputs agree; the calls
+    that tell so are the ones that warm up.
 
     The outputs of the UNet are compared without guidance, which multiplies whatever they are apart by its scale.
     """
@@ -50,8 +51,6 @@ def compare(case: Case, settings: Settings) -> Measured:
         raise ValueError(f"{case.title}: outputs are {difference:.1e} apart, more than {most:.0e}: nothing to compare")
     guided = {"scale": 7.5} if make is denoise else {}
     runs = [make(tool, *given, **guided) for tool in tools]
-    for run in runs:
-        run()
     return Measured(*alternate(*runs, settings.rounds), difference)
 
 

@@ -1,9 +1,11 @@
 """Where a model runs, in which precision and layout, and what it gives up where memory is short."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ DTYPES = {"full": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat
 
 WORKING_SPACE = 3 << 30  # bytes beside the weights that a picture of 512x512 is drawn in without a thought of memory
 LEAST_SPACE = 1 << 30  # and with `low`
+
+# Of malloc.h: how many pieces come from the kernel one by one, and how many free bytes at the end are kept.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 # Weights of this many bytes and more, of these layers, can wait in main memory.
 LARGE = 1 << 18
@@ -108,6 +113,20 @@ def pick_memory(name: str, device: torch.device, weights: int) -> str:
     if picked != "auto":
         logger.info("%s has %.1f GB left beside the model: taking --memory %s", device, max(free, 0) / 1e9, picked)
     return picked
+
+
+def keep_freed_memory() -> None:
+    """Let the C library of Linux keep what tensors leave for the next ones, for the rest of the process.
+
+    By default it hands each large piece back at once, and the kernel clears the same pages anew for every layer: a
+    tenth of the time of a picture.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, WORKING_SPACE // 4)
 
 
 def pick_attention(device: torch.device, saving: Saving) -> str:

@@ -25,7 +25,16 @@ from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
 from ldm.generation.rows import Row, check_rows
 from ldm.image.io import check_outdir
-from ldm.memory import DTYPES, SAVINGS, as_out_of_memory, pick_device, pick_memory, pick_precision, place
+from ldm.memory import (
+    DTYPES,
+    SAVINGS,
+    as_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_memory,
+    pick_precision,
+    place,
+)
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.load import build_model, load_model
 from ldm.models.probe import noise_returned
@@ -196,6 +205,8 @@ def open_run(
         weights += weigh(one.checkpoint, DTYPES[precision])
     memory = pick_memory(model.memory, device, weights)
     saving = SAVINGS[memory]
+    if device.type == "cpu" and not saving.stages:
+        keep_freed_memory()
 
     def load(one: Chosen, outline: LatentDiffusion) -> LatentDiffusion:
         with as_out_of_memory(f"{device} has no room for {one.checkpoint}: try --memory lowest or --precision bf16"):

@@ -148,9 +148,10 @@ def interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(","))
     except ValueError as error:
-        raise RequestError(f"guidance_interval must be two noise levels LO,HI such as 0.28,5.4, got {text!r}") from error
+        raise RequestError(
+            f"guidance_interval must be two noise levels LO,HI such as 0.28,5.4, got {text!r}") from error
     if not 0 <= low < high:
-        raise RequestError(f"guidance_interval must rise from its LO, 0 or more, to its HI, got {text!r}; 0.28,5.4 does")
+        raise RequestError(f"guidance_interval must rise from its LO, 0 or more, to its HI, got {text!r}; try 0.28,5.4")
     return low, high
 
 
