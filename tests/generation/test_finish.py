@@ -85,3 +85,11 @@ def test_a_picture_that_passes_is_never_changed(caplog):
     finish.action, finish.checker = "black", checker(flags=False)
     finished = finish(Picture(NOISE, Request()))
     assert (finished.image is NOISE, finished.safety, caplog.messages) == (True, "passed", [])
+
+
+@pytest.mark.parametrize(("action", "kept"), [("flag", True), ("blur", False), ("black", False)])
+def test_the_depth_of_a_picture_that_may_not_be_seen_is_left_out(action, kept):
+    finish = Finisher(RunOptions(safety="off", watermark=""))
+    finish.action, finish.checker = action, checker(flags=True)
+    depth = Image.new("I;16", NOISE.size)
+    assert (finish(Picture(NOISE, Request(), depth=depth)).depth is depth) == kept
