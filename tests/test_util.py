@@ -110,3 +110,14 @@ def test_prefetching_nothing_is_an_error():
 def test_a_missing_extra_says_how_to_get_it():
     with pytest.raises(MissingExtra, match=r"pip install -e '\.\[web\]'"):
         optional("a_package_that_is_not_there", "web")
+
+
+@pytest.mark.parametrize("name", [
+    "models.diffusion.DiffusionEngine", "models.autoencoder.AutoencoderKLInferenceWrapper",
+    "modules.GeneralConditioner", "modules.encoders.modules.FrozenOpenCLIPEmbedder2",
+    "modules.diffusionmodules.denoiser.DiscreteDenoiser", "modules.diffusionmodules.denoiser_scaling.VScaling",
+    "modules.diffusionmodules.denoiser_weighting.EpsWeighting",
+    "modules.diffusionmodules.discretizer.LegacyDDPMDiscretization",
+])  # fmt: skip
+def test_the_names_of_sgm_lead_to_what_does_the_same_here(name):
+    assert get_obj_from_str(f"sgm.{name}").__module__.startswith("ldm.")

@@ -141,6 +141,9 @@ def text_names(section: Mapping[str, Any], keys: Collection[str]) -> Names:
             return CLIP
         case {"target": folder_config.OPEN_CLIP, **others} if layer(others) in ("last", "penultimate"):
             return open_clip_names(keys, skip=int(layer(others) == "penultimate"))
+        case None:
+            raise ConfigError("only Stable Diffusion 1 and 2 are written as folders here: name a target that ends in "
+                              ".safetensors or .ckpt")
         case stage:
             raise ConfigError(f"the text encoder {stage} has no place in the layout of diffusers")
 

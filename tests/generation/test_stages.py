@@ -149,3 +149,14 @@ def test_an_autoencoder_that_gives_nothing_in_float32_either_is_an_error(pipelin
     model.first_stage_model.decoder.conv_out.bias.fill_(torch.nan)
     with pytest.raises(NumericalError, match="the decoded picture is not finite"):
         stages.decode(model, torch.randn(1, 4, 8, 8))
+
+
+def test_what_is_told_beside_a_prompt_joins_each_half_of_guidance_at_every_step():
+    row, later = torch.ones(1, 2), stages.Condition(torch.ones(1, 3, 4), None)
+    told = stages.Condition({"c_crossattn": [row], "c_adm": row}, torch.zeros(1, 3, 4), later={2: later})
+    both = told.beside({"c_adm": 2 * row, "c_concat": [row]}, {"c_adm": 3 * row})
+    assert both.positive["c_adm"].tolist() == [[1, 1, 2, 2]]
+    assert both.positive["c_concat"] == [row] and both.positive["c_crossattn"] == [row]
+    assert torch.equal(both.negative["c_adm"], 3 * row) and "c_concat" not in both.negative
+    assert torch.equal(both.later[2].positive["c_adm"], 2 * row) and both.later[2].negative is None
+    assert both.at(1) is both and both.at(2) is both.at(7) is both.later[2]

@@ -5,7 +5,7 @@ import torch
 from sampling.analytic import SCHEDULE, denoise, geometric, last, solve
 
 from ldm.errors import RequestError
-from ldm.sampling import CLEAN, SAMPLERS, SPACINGS, Level, Prediction, Schedule, levels, tail
+from ldm.sampling import CLEAN, SAMPLERS, SPACINGS, Level, Prediction, Schedule, cut, levels, tail
 
 NAMES = ["ddpm", "ddim", "plms", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "euler", "euler_a", "heun",
          "lms", "dpm2", "dpm2_a", "dpmpp_2s_a", "unipc"]
@@ -184,3 +184,13 @@ def test_strength_goes_from_the_picture_itself_to_noise_alone(name):
 def test_a_strength_that_is_none_is_refused(strength):
     with pytest.raises(RequestError, match="strength must be 0 to 1"):
         tail(levels(SCHEDULE, "ddim", 10), strength, "ddim")
+
+
+def test_two_models_meet_in_the_first_level_of_the_second():
+    path = [*(Level(t, 0.6, 0.8) for t in (900, 500, 200, 100)), CLEAN]
+    assert cut(path, 0.8, 1000) == (path[:4], path[3:])  # 200 is still the first's, as with diffusers
+    assert cut(path, 0.3, 1000) == (path[:2], path[1:])
+    assert cut(path, 0.0, 1000) == (path[:1], path)
+    assert cut(path, 1.0, 1000) == (path, path[-1:])
+    with pytest.raises(RequestError, match=r"0 to 1, got 1\.2"):
+        cut(path, 1.2, 1000)

@@ -39,6 +39,9 @@ CELLS = [
     ("variation", "variation", (*PICTURE, *NEW), 32),
     ("unclip", "variation", (*PICTURE, *NEW), 32),
     ("pairs", "inpaint", MASKED, 32),
+    ("xl", "txt2img", NEW, 32),
+    ("xl", "inpaint", MASKED, 32),
+    ("refiner", "img2img", PICTURE, 32),
 ]
 PROMPTLESS = ("pairs", "variation")
 # Those that have a command line of another kind: a sampler, not rows of them.
@@ -60,6 +63,8 @@ STRANGERS = [
     ("variation", "txt2img", "variation.py"),
     ("unclip", "img2img", "variation.py"),
     ("pairs", "txt2img", "inpaint.py"),
+    ("xl", "edit", "img2img.py"),
+    ("refiner", "depth2img", "txt2img.py"),
     ("unconditional", "txt2img", "sample_diffusion.py"),
     ("classes", "img2img", "sample_diffusion.py"),
 ]

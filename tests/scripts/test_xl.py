@@ -71,12 +71,6 @@ def test_the_refiner_goes_over_a_picture_by_itself_and_is_told_how_good_it_is_to
     assert not np.array_equal(fine, poor)
 
 
-def test_a_part_is_repainted_by_blending_and_the_rest_is_unchanged(run, photo, mask):
-    drawn = run("inpaint", "--prompt", "a fox", "--init-img", photo, "--mask", mask)
-    assert np.array_equal(drawn[:, 32:], np.array(Image.open(photo))[:, 32:])
-    assert not np.array_equal(drawn[:, :32], np.array(Image.open(photo))[:, :32])
-
-
 def test_rows_have_sizes_of_their_own(run, tmp_path):
     rows = [{"prompt": "a fox"}, {"prompt": "a fox", "crop": "16,0"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -108,6 +102,11 @@ def test_a_refiner_of_other_latents_or_levels_is_refused(run, models, tmp_path, 
 
 def test_a_model_that_is_told_no_sizes_says_so(run):
     assert "not told of crop" in run("txt2img", "--prompt", "a fox", "--crop", "0,0", ckpt="text").said
+
+
+def test_it_is_not_written_as_a_folder(script, models):
+    done = script("convert", models["xl"], "folder/", "--config", models["xl"].with_name("config.yaml"))
+    assert "only Stable Diffusion 1 and 2 are written as folders here" in done.said
 
 
 def test_lora_reaches_both_text_encoders_and_the_network(run, plain, tmp_path):
