@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -287,7 +288,9 @@ class Run:
                 yield drawn
         elif how is None and (usual := self.recorder.how["memory"]) != "lowest":
             logger.warning("%s: trying with --memory lowest", failed)
-            with lowest(self.pipeline.model, usual):
+            with ExitStack() as lowered:
+                for model in self.pipeline.loaded:
+                    lowered.enter_context(lowest(model, usual))
                 yield from list(self._sample(jobs, None, watch, {"memory": "lowest"}))
         else:
             failed = OutOfMemory(f"{failed}, and --memory lowest is all that can be saved: make it smaller, or try "

@@ -74,6 +74,11 @@ class Pipeline:
         self.known_to_refiner: Known = {}
         self._paths: dict[tuple, sampling.Tail] = {}
 
+    @property
+    def loaded(self) -> list[LatentDiffusion]:
+        """Every model that is drawn with."""
+        return [*self.models, *(self.upscaler.loaded if self.upscaler else [])]
+
     def check(self, request: Request) -> None:
         """Raise RequestError for what the models cannot draw. They may be on the meta device, without their weights."""
         for model in self.models:

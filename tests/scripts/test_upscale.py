@@ -48,29 +48,10 @@ def test_a_model_that_enlarges_by_another_factor_says_by_which(upscale, small, k
     assert f"--scale_factor {6 - factor}" in done.said
 
 
-@pytest.mark.parametrize("options", [
-    ["--prompt", "a cat"], ["--noise_level", 200], ["--tile", 16], ["--seed", 7],
-])  # fmt: skip
-def test_each_option_changes_the_picture(upscale, small, options):
-    one, two = upscale("--init-img", small), upscale("--init-img", small, *options)
-    assert not np.array_equal(read_image(one.out[0]), read_image(two.out[0]))
-
-
-@pytest.mark.parametrize("sampler", ["plms", "unipc", "dpmpp_2m_sde"])
-def test_rows_and_samplers_and_replays_are_as_in_the_other_scripts(upscale, small, sampler):
-    Path("rows.txt").write_text("a fox --noise_level 0\na hare --seed 7\n", encoding="utf-8")
-    first = upscale("--from-file", "rows.txt", "--init-img", small, "--sampler", sampler, "--memory", "lowest")
-    assert (first.code, len(first.out), first.err) == (0, 2, [])
-    again = upscale("--replay", first.out[1], "--outdir", "again")
-    assert Path(again.out[0]).read_bytes() == Path(first.out[1]).read_bytes()
-    assert read_record(first.out[0])["request"]["noise_level"] == 0
-
-
-def test_each_picture_has_a_seed_of_its_own_at_any_batch_size(upscale, small):
-    options = ("--init-img", small, "--seed_mode", "image")
-    together, alone = upscale(*options, "--n_samples", 2), upscale(*options, "--n_iter", 2)
-    for one, other in zip(together.out, alone.out, strict=True):
-        assert np.abs(np.asarray(read_image(one), int) - read_image(other)).max() <= 1
+def test_each_option_changes_the_picture(upscale, small):
+    options = [], ["--prompt", "a cat"], ["--noise_level", 200], ["--tile", 16]
+    drawn = [read_image(upscale("--init-img", small, *one).out[0]).tobytes() for one in options]
+    assert len(set(drawn)) == len(options)
 
 
 @pytest.mark.parametrize(("options", "code", "said"), [
