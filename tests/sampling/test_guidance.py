@@ -46,7 +46,7 @@ def test_scale_zero_is_the_unconditional():
 
 def test_the_picture_and_the_text_of_an_edit_guide_by_themselves():
     network = Recorder()
-    said = ask(network, Told(uncond=UNCOND, image=3 * UNCOND, cond=COND))(X, T)
+    said = ask(network, Told(uncond=UNCOND, image=3 * UNCOND, cond=COND))(X, T, alone=False)
     out = Guidance(scale=7.5, image_scale=1.5)(said)
     torch.testing.assert_close(out, 3 * UNCOND + 1.5 * (9 * UNCOND - 3 * UNCOND) + 7.5 * (3 * COND - 9 * UNCOND))
     ((x, _, cond),) = network.calls
@@ -108,7 +108,7 @@ def test_a_concept_is_kept_away_from_in_the_noise_whatever_the_network_predicts(
             return {"eps": seen.eps, "x0": seen.x0, "v": level.alpha * seen.eps - level.sigma * seen.x0}[kind]
 
         said = Told(uncond=say(noises[0]), cond=say(noises[1]), concept=say(noises[2]))
-        return Denoiser(lambda x, t: said, kind, Guidance(7.5, away=Away(0.8, 0, 0.2, 0.3, 0.4)))
+        return Denoiser(lambda x, t, alone: said, kind, Guidance(7.5, away=Away(0.8, 0, 0.2, 0.3, 0.4)))
 
     here, there = denoise("eps"), denoise(kind)
     for _ in range(3):
