@@ -26,7 +26,7 @@ class Told(NamedTuple):
     concept: Any = None
 
 
-Ask = Callable[[Tensor, Tensor, bool], Told]
+Ask = Callable[..., Told]
 
 
 @dataclass
@@ -88,10 +88,10 @@ def ask(apply_model: ApplyModel, told: Told) -> Ask:
     """
     roles = [role for role, one in told._asdict().items() if one is not None]
     if roles in ([], ["cond"]):
-        return lambda x, t, alone: Told(cond=apply_model(x, t, told.cond))
+        return lambda x, t, alone=False: Told(cond=apply_model(x, t, told.cond))
     count, every = len(roles), reduce(stack, (getattr(told, role) for role in roles))
 
-    def outputs(x: Tensor, t: Tensor, alone: bool) -> Told:
+    def outputs(x: Tensor, t: Tensor, alone: bool = False) -> Told:
         if alone:
             return Told(cond=apply_model(x, t, told.cond))
         said = apply_model(torch.cat([x] * count), torch.cat([t] * count), every)
@@ -106,7 +106,7 @@ def guide(apply_model: ApplyModel, cond: Any, uncond: Any = None, scale: float =
     A negative prompt is an uncond. One plain call if scale is 1 or uncond is None.
     """
     outputs, guidance = ask(apply_model, Told(cond=cond, uncond=None if scale == 1 else uncond)), Guidance(scale)
-    return lambda x, t: guidance(outputs(x, t, False))
+    return lambda x, t: guidance(outputs(x, t))
 
 
 def stack(first: Any, second: Any) -> Any:
