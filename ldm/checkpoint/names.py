@@ -29,7 +29,8 @@ OPTIONAL = re.compile(r"noise_augmentor\.data_(mean|std)")
 TRAINING_ONLY = re.compile(
     r"model_ema\..*"  # the averaged copy, when it is not asked for
     r"|(first_stage_model\.|cond_stage_model\.)?loss\..*"  # the autoencoder's discriminator and LPIPS
-    r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"  # CLIP's head, used by no v1 model
+    # CLIP's head, which neither Stable Diffusion 1 nor the first encoder of XL uses.
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"
     r"|embedder\.model\.transformer\..*"  # CLIP's text blocks, which pictures do not pass
     r"|embedding_manager\..*"  # textual inversion and DreamBooth
     r"|safety_checker\..*"
