@@ -68,7 +68,8 @@ class Preview:
 
     def draw(self, latents: Tensor) -> Image.Image:
         """The latents (b, c, h, w) as pictures of full size beside each other."""
-        colours = places(latents.float().cpu()).nan_to_num() @ self._colours
+        # In float64, which --precision autocast leaves alone.
+        colours = (places(latents.cpu().double()).nan_to_num() @ self._colours.double()).float()
         images = [to_image(one.numpy()) for one in colours]
         return grid([image.resize([self.factor * side for side in image.size], Image.Resampling.BICUBIC)
                      for image in images], math.ceil(len(images) ** 0.5))

@@ -118,3 +118,11 @@ def test_an_autoencoder_that_makes_nothing_of_colours_costs_no_picture_either(tm
     preview(1, torch.zeros(1, 4, 8, 8))
     assert "not finite" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preview_is_the_same_in_mixed_precision(plain, tmp_path):
+    preview = Preview(tmp_path / "preview.png", 1, lambda: fit_colours(plain.model, plain.geometry), 4)
+    latents = torch.randn(1, 4, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = preview.draw(latents)
+    assert mixed.tobytes() == preview.draw(latents).tobytes()
