@@ -90,8 +90,7 @@ def test_image_variations_are_those_of_diffusers(tmp_path, photo):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("level", [0, 600])
-def test_stable_unclip_is_that_of_diffusers(tmp_path, photo, level):
+def test_stable_unclip_is_that_of_diffusers(tmp_path, photo):
     clip = GOLDENS / "tiny-clip"
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(clip)).eval()
     normalizer = diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer.StableUnCLIPImageNormalizer(D)
@@ -103,9 +102,9 @@ def test_stable_unclip_is_that_of_diffusers(tmp_path, photo, level):
     run.save_pretrained(tmp_path / "folder")
     run.set_progress_bar_config(disable=True)
     mine = ours(tmp_path / "folder")
-    request = Request("a red bench", "grey", init_img=photo, varies=True, noise_level=level, sampler="ddim", steps=5,
+    request = Request("a red bench", "grey", init_img=photo, varies=True, noise_level=600, sampler="ddim", steps=5,
                       scale=4.0)
     theirs = run(seen(mine.model.embedder, photo), request.prompt, negative_prompt=request.negative_prompt,
-                 guidance_scale=4.0, num_inference_steps=5, noise_level=level, generator=seeded(),
+                 guidance_scale=4.0, num_inference_steps=5, noise_level=600, generator=seeded(),
                  output_type="latent").images
     assert_matches(drawn(mine, request), theirs, 1e-3)
