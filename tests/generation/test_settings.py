@@ -165,7 +165,7 @@ def test_every_option_declared_for_all_scripts_may_be_set_for_all():
     declared = {name for name in vars(arguments) if name.startswith("add_")}
     assert declared == {"add_prompts", "add_rows", "add_sampling", "add_size", "add_latents", "add_measures",
                         "add_model", "add_output", "add_picture", "add_refiner",
-                        "add_replay"}, "add the new group to shared_options"
+                        "add_replay", "add_upscaler"}, "add the new group to shared_options"
     assert arguments.shared_options() >= {"strength", "steps", "h", "c", "lora", "json", "replay", "from_file"}
 
 
