@@ -29,6 +29,11 @@ STARTS = {
 }
 
 
+def with_files(settings: dict, photo: str, mask: str) -> dict:
+    """The settings of a start, with the pictures that it begins with."""
+    return settings | {name: path for name, path in (("init_img", photo), ("mask", mask)) if settings.get(name)}
+
+
 def noise(seed: int = 42):
     return NoiseSource(torch.device("cpu")).of([Request(seed=seed)])
 
@@ -37,8 +42,7 @@ def noise(seed: int = 42):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_from_every_start_in_as_many_steps_as_its_path_has(pipeline, photo, mask, sampler, start):
     kind, settings = STARTS[start]
-    files = {name: path for name, path in (("init_img", photo), ("mask", mask)) if settings.get(name)}
-    request = Request(sampler=sampler, **SMALL, **(settings | files))
+    request = Request(sampler=sampler, **SMALL, **with_files(settings, photo, mask))
     walked = []
     picture, = pipeline(kind).generate([request], noise(), lambda *latents: walked.append(latents[0].shape))
     assert walked == [(1, 4, 8, 8)] * (len(pipeline(kind).path(request).levels) - 1)
@@ -167,13 +171,13 @@ def test_one_picture_that_comes_to_nothing_leaves_the_others_of_its_batch(pipeli
 
 
 @pytest.mark.parametrize(("kind", "settings"), STARTS.values(), ids=STARTS)
-def test_what_can_be_drawn_passes_the_check(pipeline, kind, settings):
-    pipeline(kind).check(Request(**settings))
+def test_what_can_be_drawn_passes_the_check(pipeline, photo, mask, kind, settings):
+    pipeline(kind).check(Request(**with_files(settings, photo, mask)))
 
 
 def test_more_than_memory_holds_is_said_as_such(pipeline):
     request = Request(width=1_600_000, height=1_600_000)
-    with pytest.raises(OutOfMemory, match="batch of 2 at 1600000x1600000: make either smaller"):
+    with pytest.raises(OutOfMemory, match="not enough memory on cpu for a batch of 2 at 1600000x1600000"):
         pipeline("text").generate([request, replace(request, prompt="a fox")], noise())
 
 

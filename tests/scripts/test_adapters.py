@@ -120,7 +120,7 @@ def test_a_lora_of_the_networks_alone_goes_into_an_unconditional_model(script, m
     (["--lora", "style.safetensors:much"], 3, "there is no LoRA file style.safetensors:much"),
     (["--embedding", "nowhere.pt"], 3, "there is no embedding file nowhere.pt"),
     (["--embedding", "style.safetensors"], 3, "style.safetensors holds no embedding"),
-    (["--lora", "cat.bin"], 3, "cat.bin holds no LoRA, but <cat>"),
+    (["--lora", "cat.bin"], 3, "cat.bin holds no LoRA, but the weights of textual inversion"),
     (["--embedding", "cat.bin", "cat.bin:<CAT>"], 2, "both bring the word '<CAT>'"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_told_in_one_line(txt2img, lora, embedding, options, code, message):
