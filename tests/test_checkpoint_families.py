@@ -33,9 +33,9 @@ def test_every_published_layout_is_told_by_its_weights(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_stable_diffusion_2_carry_its_own_watermark(name):
-    second = name.startswith(("sd-v2", "sd-x4"))
-    assert identify(shapes(name)).watermark == ("SDV2" if second else "StableDiffusionV1")
+def test_pictures_of_stable_diffusion_2_and_xl_carry_their_own_watermark(name):
+    own = {"sd-v2": "SDV2", "sd-x4": "SDV2", "sdxl-": "0xb3ec907bb19e"}
+    assert identify(shapes(name)).watermark == own.get(name[:5], "StableDiffusionV1")
 
 
 def test_a_text_encoder_without_its_inner_name_is_still_sd_1():

@@ -59,15 +59,15 @@ DEPTH, UPSCALE = "scripts/depth2img.py", "scripts/upscale.py"
 IMG2IMG, VARIATION = "scripts/img2img.py", "scripts/variation.py"
 LORA = "add it to a model with --lora FILE"
 EMBEDDING = "add its word to a model with --embedding FILE"
-SDV2 = "SDV2"  # Stability AI's watermark
+SDV2, SDXL = "SDV2", "0xb3ec907bb19e"  # Stability AI's watermarks; the second is 48 bits that are no text
 FOLDER = "name the folder that it is a part of, which has a model_index.json"
 
 # The first row that fits is the answer, so the particular stands before the general.
 FAMILIES = (
     Family("Stable Diffusion XL", f"{SD}/sd_xl_base.yaml", TXT2IMG,
-           {"conditioner.embedders.1.model.ln_final.weight": (1280,)}),
+           {"conditioner.embedders.1.model.ln_final.weight": (1280,)}, watermark=SDXL),
     Family("Stable Diffusion XL refiner", f"{SD}/sd_xl_refiner.yaml", f"{IMG2IMG}, or as --refiner of {TXT2IMG}",
-           {"conditioner.embedders.0.model.ln_final.weight": (1280,)}),
+           {"conditioner.embedders.0.model.ln_final.weight": (1280,)}, watermark=SDXL),
     Family("ControlNet", None, None, {"control_model.*": None}),
     Family("Stable Diffusion x4 upscaler", f"{SD}/x4-upscaling.yaml", UPSCALE,
            unet(256, 7, model__diffusion_model__label_emb__weight=None), watermark=SDV2),

@@ -11,7 +11,8 @@ from ldm.generation.request import check_choice
 PRECISIONS = ("auto", "full", "bf16", "fp16", "autocast")
 MEMORIES = ("auto", "low", "lowest")
 SAFETY_ACTIONS = ("auto", "off", "flag", "blur", "black")
-WATERMARKS = ("StableDiffusionV1", "SDV2")  # what the originals write into their pictures, the first by default
+# What the originals write into their pictures, the first by default; the last is that of XL, which is no text.
+WATERMARKS = ("StableDiffusionV1", "SDV2", "0xb3ec907bb19e")
 LATENT_UPSCALER = "models/ldm/sd-x2-latent-upscaler"  # a folder
 INTERRUPTED = 130  # the exit code
 AHEAD = 16  # batches: how far a row is looked for that can join another

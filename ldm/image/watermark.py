@@ -1,6 +1,7 @@
 """The original's invisible watermark: written, then read back, so that nobody believes in a mark that is not there."""
 
 import importlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ class Found(NamedTuple):
 def stamp(image: Image.Image, text: str = TEXT) -> Stamped:
     """Write `text` invisibly into an RGB picture: by the first method that can be read back, else not at all.
 
+    text: UTF-8, or bytes in hexadecimal after 0x, for marks that are no text.
+
     A picture that keeps no mark comes back as it was. Raises MissingExtra without the package invisible-watermark.
     """
     why_not = _obstacle(image, text)
@@ -60,10 +63,17 @@ def _obstacle(image: Image.Image, text: str) -> str:
     if width * height < MIN_PIXELS:
         return f"{width}x{height} is under 256x256 pixels"
     room = (width // BLOCK) * (height // BLOCK) // 8
-    need = len(text.encode())
+    need = len(as_bytes(text))
     if not 0 < need <= room:
         return f"a text of {need} bytes does not go into {width}x{height} pixels, which hold 1 to {room}"
     return ""
+
+
+def as_bytes(text: str) -> bytes:
+    """What is written for a text: the bytes that it names after 0x, else itself in UTF-8."""
+    if re.fullmatch("0x(?:[0-9a-f]{2})+", text):
+        return bytes.fromhex(text[2:])
+    return text.encode()
 
 
 def _to_bgr(image: Image.Image) -> np.ndarray:
@@ -72,13 +82,13 @@ def _to_bgr(image: Image.Image) -> np.ndarray:
 
 def _encode(pixels: np.ndarray, text: str, method: str) -> np.ndarray:
     encoder = load_package().WatermarkEncoder()
-    encoder.set_watermark("bytes", text.encode())
+    encoder.set_watermark("bytes", as_bytes(text))
     with np.errstate(invalid="ignore"):  # a colour that the wavelet pushes out of range wraps, as in the original
         return encoder.encode(pixels, method)
 
 
 def _decode(pixels: np.ndarray, text: str, method: str) -> bool:
-    wanted = text.encode()
+    wanted = as_bytes(text)
     return load_package().WatermarkDecoder("bytes", 8 * len(wanted)).decode(pixels, method) == wanted
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from ldm.errors import MissingExtra
 from ldm.image.io import read_image, write_png
-from ldm.image.watermark import METHODS, TEXT, Found, read_watermark, stamp
+from ldm.image.watermark import METHODS, TEXT, Found, load_package, read_watermark, stamp
 
 
 def flat(colour, size=(256, 256)) -> Image.Image:
@@ -85,13 +85,19 @@ def test_a_text_that_does_not_fit_leaves_the_picture_as_it_was(size, text):
     assert read_watermark(image, text) is None
 
 
-@pytest.mark.parametrize("text", ["SDV2", "größer ☃", "x" * 40])
+@pytest.mark.parametrize("text", ["SDV2", "größer ☃", "x" * 40, "0xno bytes"])
 def test_another_text_is_found_by_whoever_looks_for_it(text):
     marked, method, _ = stamp(noise((512, 512), 2), text)
     assert method in METHODS
     assert read_watermark(marked, text) == Found(text, method)
     assert read_watermark(marked, text[:-1] + "?") is None
     assert read_watermark(marked) is None
+
+
+def test_a_mark_in_hexadecimal_is_written_as_the_bits_that_it_names():
+    marked, method, _ = stamp(noise((512, 512), 2), "0xb3ec907bb19e")
+    bits = load_package().WatermarkDecoder("bits", 48).decode(np.asarray(marked)[..., ::-1], method)
+    assert "".join(str(int(bit)) for bit in bits) == "101100111110110010010000011110111011000110011110"
 
 
 def test_stamping_leaves_the_given_picture_alone_and_repeats_itself():
