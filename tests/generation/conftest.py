@@ -12,7 +12,20 @@ from tiny import tiny_config
 from ldm.generation.geometry import geometry
 from ldm.generation.noise import NoiseSource
 from ldm.generation.pipeline import Pipeline
+from ldm.modules.attention_ops import set_attention
+from ldm.modules.bands import set_band
 from ldm.util import instantiate_from_config
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process():
+    """Bands and attention are those of the process; what a run in a test has set is taken back."""
+    band, attention = set_band(1), set_attention("sdpa")
+    set_band(band)
+    set_attention(attention)
+    yield
+    set_band(band)
+    set_attention(attention)
 
 
 @pytest.fixture(scope="session")

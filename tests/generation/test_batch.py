@@ -1,6 +1,7 @@
 """Requests into batches, batches into files."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from ldm.errors import LdmError, NumericalError, OutOfMemory, OutputError
 from ldm.generation.batch import Run, Summary
 from ldm.generation.finish import Finisher
 from ldm.generation.options import RunOptions
+from ldm.generation.pipeline import Pipeline
 from ldm.generation.plan import plan, settings
 from ldm.generation.record import HOW, Recorder, Replay
 from ldm.generation.request import Request
@@ -83,12 +85,14 @@ class Damaged:
 def run(pipeline, tmp_path):
     """A run that writes into tmp_path/out: run({0: the error of a batch, (1, 0): that of a picture}, batch_size=2)."""
     (tmp_path / "model.ckpt").write_bytes(b"weights")
+    shared = pipeline("text")
+    own = Pipeline(deepcopy(shared.model), shared.geometry)  # which running out of memory lays out anew
 
     def make(failures=None, **options):
         options = RunOptions(outdir=str(tmp_path / "out"), watermark="", safety="off", **options)
         recorder = Recorder(tmp_path / "config.yaml", tmp_path / "model.ckpt", dict.fromkeys(HOW, "auto"))
         told = []
-        made = Run(Damaged(pipeline("text"), failures or {}), options, Finisher(options), recorder,
+        made = Run(Damaged(own, failures or {}), options, Finisher(options), recorder,
                    lambda event, **facts: told.append((event, facts)))
         made.told = told
         return made

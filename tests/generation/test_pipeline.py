@@ -1,5 +1,6 @@
 """One batch of requests in, pictures out: every sampler with every kind of model."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from ldm.errors import NumericalError, OutOfMemory, RequestError
 from ldm.generation.noise import NoiseSource
-from ldm.generation.pipeline import Picture
+from ldm.generation.pipeline import Picture, Pipeline
 from ldm.generation.request import SAMPLERS, Request
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -98,10 +99,12 @@ def test_two_batches_of_a_run_are_those_of_the_old_sampler_classes(pipeline, sam
             assert np.abs(np.asarray(picture.image).astype(int) - wanted).max() <= 1
 
 
-def test_the_original_img2img_is_the_tail_of_ddim(pipeline, photo):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_original_img2img_is_the_tail_of_ddim(pipeline, photo, layout):
     request = Request(prompt="a fox", sampler="ddim", init_img=photo, strength=0.6, steps=10, scale=5.0, seed=3)
-    picture, = pipeline("text").generate([request], noise(3))
-    model, sampler = pipeline("text").model, DDIMSampler(pipeline("text").model)
+    model = deepcopy(pipeline("text").model).to(memory_format=layout)
+    picture, = Pipeline(model, pipeline("text").geometry).generate([request], noise(3))
+    sampler = DDIMSampler(model)
     image = torch.from_numpy(np.asarray(Image.open(photo)).astype(np.float32) / 255).permute(2, 0, 1)[None] * 2 - 1
     sampler.make_schedule(10, verbose=False)
     torch.manual_seed(3)

@@ -69,7 +69,8 @@ class Stages:
     def get_first_stage_encoding(self, encoder_posterior) -> Tensor:
         """The latents that diffusion works on: a sample of the posterior, or the tensor itself, times scale_factor."""
         tensor = isinstance(encoder_posterior, Tensor)
-        return self.scale_factor * (encoder_posterior if tensor else encoder_posterior.sample())
+        latents = self.scale_factor * (encoder_posterior if tensor else encoder_posterior.sample())
+        return latents.contiguous()  # noise drawn like them must not depend on how the weights are laid out
 
     def differentiable_decode_first_stage(
         self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False

@@ -444,4 +444,5 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, context)
         for module in self.output_blocks:
             h = module(th.cat([h, skips.pop()], dim=1), emb, context)
-        return (self.id_predictor(h) if self.predict_codebook_ids else self.out(h)).to(x.dtype)
+        out = self.id_predictor(h) if self.predict_codebook_ids else self.out(h)
+        return out.to(x.dtype).contiguous()  # noise drawn like it must not depend on how the weights are laid out
