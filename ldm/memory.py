@@ -118,8 +118,7 @@ def pick_memory(name: str, device: torch.device, weights: int) -> str:
 def keep_freed_memory() -> None:
     """Let the C library of Linux keep what tensors leave for the next ones, for the rest of the process.
 
-    By default it hands each large piece back at once, and the kernel clears the same pages anew for every layer: a
-    tenth of the time of a picture.
+    By default it hands each large piece back at once, and the kernel clears the same pages anew for every layer.
     """
     if sys.platform != "linux":
         return

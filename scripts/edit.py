@@ -36,10 +36,8 @@ def parse(argv: list[str] | None = None):
     arguments.add_output(parser, "outputs/edit-samples", n_iter=1, batch_size=1)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
-    if not (args.init_img or args.from_file or args.replay or args.print_config):
-        parser.error("name the picture to edit with --init-img FILE")
-    if not (args.prompt or args.from_file or args.replay or args.print_config):
-        parser.error("say what is to change with --prompt TEXT")
+    arguments.require(parser, args, "init_img", "name the picture to edit with --init-img FILE")
+    arguments.require(parser, args, "prompt", "say what is to change with --prompt TEXT")
     return args
 
 

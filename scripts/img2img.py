@@ -35,8 +35,7 @@ def parse(argv: list[str] | None = None):
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
     args.upscaler = args.upscaler or (LATENT_UPSCALER if args.upscale else None)
-    if not (args.init_img or args.from_file or args.replay or args.print_config):
-        parser.error("name the picture to start from with --init-img FILE")
+    arguments.require(parser, args, "init_img", "name the picture to start from with --init-img FILE")
     return args
 
 

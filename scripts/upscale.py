@@ -51,8 +51,7 @@ def parse(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.ckpt == MODELS[4]:
         args.ckpt = MODELS[args.upscale]
-    if not (args.init_img or args.from_file or args.replay or args.print_config):
-        parser.error("name the picture to enlarge with --init-img FILE")
+    arguments.require(parser, args, "init_img", "name the picture to enlarge with --init-img FILE")
     return args
 
 

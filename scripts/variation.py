@@ -35,8 +35,7 @@ def parse(argv: list[str] | None = None):
     arguments.add_output(parser, "outputs/variation-samples", n_iter=1, batch_size=3)
     arguments.add_replay(parser)
     args = parser.parse_args(argv)
-    if not (args.init_img or args.from_file or args.replay or args.print_config):
-        parser.error("name the picture to vary with --init-img FILE")
+    arguments.require(parser, args, "init_img", "name the picture to vary with --init-img FILE")
     return args
 
 

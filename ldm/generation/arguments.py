@@ -278,6 +278,12 @@ def add_picture(parser: Parser, strength: float | None):
     return group
 
 
+def require(parser: Parser, args: argparse.Namespace, name: str, what: str) -> None:
+    """End with a usage error that says `what` to do where an option is missing and no rows or record have it."""
+    if not (getattr(args, name) or args.from_file or args.replay or args.print_config):
+        parser.error(what)
+
+
 def add_replay(parser: Parser) -> None:
     group = parser.add_argument_group("again")
     group.add_argument("--replay", metavar="PNG", help="make this picture again, from the record in it")

@@ -5,6 +5,7 @@ The sampler and its noise know nothing of the tiles (after Bar-Tal et al. 2023, 
 
 import itertools
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,17 +23,25 @@ def tiled(apply_model: ApplyModel, side: int, step: int = 1) -> ApplyModel:
     other places than they do in the whole latent, and the answers differ twice as much.
     """
 
+    @cache
+    def layout(height: int, width: int, device: torch.device) -> tuple[list[tuple], Tensor, Tensor]:
+        """The places of the tiles, how much each place of one counts, and the sum of that over all; of every step."""
+        corners = itertools.product(starts(height, side, step), starts(width, side, step))
+        places = [(..., slice(top, top + side), slice(left, left + side)) for top, left in corners]
+        weight = ramp(min(side, height), device)[:, None] * ramp(min(side, width), device)
+        weights = torch.zeros(1, 1, height, width, device=device)
+        for place in places:
+            weights[place] += weight
+        return places, weight, weights
+
     def predict(x: Tensor, t: Tensor, cond: Any) -> Tensor:
         height, width = x.shape[-2:]
         if max(height, width) <= side:
             return apply_model(x, t, cond)
-        total, weights = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
-        for top, left in itertools.product(starts(height, side, step), starts(width, side, step)):
-            place = (..., slice(top, top + side), slice(left, left + side))
-            out = apply_model(x[place], t, cut(cond, place))
-            weight = ramp(min(side, height), x)[:, None] * ramp(min(side, width), x)
-            total[place] += weight * out
-            weights[place] += weight
+        places, weight, weights = layout(height, width, x.device)
+        total = torch.zeros_like(x)
+        for place in places:
+            total[place] += weight * apply_model(x[place], t, cut(cond, place))
         return total / weights
 
     return predict
@@ -47,9 +56,9 @@ def starts(length: int, side: int, step: int = 1) -> list[int]:
     return [min(-(-i * (length - side) // ((count - 1) * step)) * step, length - side) for i in range(count)]
 
 
-def ramp(side: int, like: Tensor) -> Tensor:
+def ramp(side: int, device: torch.device) -> Tensor:
     """How much each place of a tile counts, (side,): it falls off linearly towards both ends."""
-    place = torch.arange(side, device=like.device, dtype=like.dtype) + 0.5
+    place = torch.arange(side, device=device) + 0.5
     return torch.minimum(place, side - place).div(max(1, side // OVERLAP)).clamp(max=1)
 
 
