@@ -104,11 +104,14 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
-def pick_memory(name: str, device: torch.device, weights: int) -> str:
-    """What `auto` means for a model of so many bytes: itself where they and a picture fit, else low, else lowest."""
+def pick_memory(name: str, device: torch.device, weights: int, held: int = 0) -> str:
+    """What `auto` means for a model of so many bytes: itself where they and a picture fit, else low, else lowest.
+
+    held: the bytes in use now that the model may have.
+    """
     if name != "auto":
         return name
-    free = free_memory(device) - weights
+    free = free_memory(device) + held - weights
     picked = "auto" if free >= WORKING_SPACE else "low" if free >= LEAST_SPACE else "lowest"
     if picked != "auto":
         logger.info("%s has %.1f GB left beside the model: taking --memory %s", device, max(free, 0) / 1e9, picked)

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import UNKNOWN, open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
@@ -20,6 +21,7 @@ from ldm.generation.batch import Run
 from ldm.generation.events import Tell
 from ldm.generation.finish import Finisher
 from ldm.generation.geometry import Geometry, geometry
+from ldm.generation.kept import Content, held, once
 from ldm.generation.options import LATENT_UPSCALER, ModelOptions, RunOptions, find, find_checkpoint
 from ldm.generation.pipeline import Pipeline
 from ldm.generation.record import Recorder
@@ -203,7 +205,7 @@ def open_run(
     for one in (*models, *([upscaler] if upscaler else [])):
         logger.debug("%s, built as %s says, on %s in %s precision", one.checkpoint, one.config, device, precision)
         weights += weigh(one.checkpoint, DTYPES[precision])
-    memory = pick_memory(model.memory, device, weights)
+    memory = pick_memory(model.memory, device, weights, held(device))
     saving = SAVINGS[memory]
     if device.type == "cpu" and not saving.stages:
         keep_freed_memory()
@@ -226,7 +228,16 @@ def open_run(
                 loaded.first_stage_model = None  # what a refiner draws is decoded by the first model's
             return loaded
 
-    loaded = [load(one, outline) for one, outline in zip(models, outlines, strict=True)]
+    parts = list(zip(models, outlines, strict=True))
+    if upscaler:
+        parts.append((upscaler, larger.model))
+    if saving.stages or model.lora or model.embedding:  # memory is short, or the weights are not the checkpoint's own
+        once({})
+        loaded = [load(*part) for part in parts]
+    else:
+        setting = device, precision, model.use_ema
+        loaded = once({(role, Content(one.checkpoint), OmegaConf.to_yaml(one.section), *setting):
+                       partial(load, one, outline) for role, (one, outline) in enumerate(parts)})
     how = {
         "device": device.type,
         "precision": precision,
@@ -239,6 +250,6 @@ def open_run(
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
     placed = [place(one, device, memory) for one in loaded]
     if upscaler:
-        larger = Pipeline(place(load(upscaler, larger.model), device, memory), upscaler.geometry, precision)
+        larger = Pipeline(placed.pop(), upscaler.geometry, precision)
     pipeline = Pipeline(placed[0], sizes, precision, *placed[1:], upscaler=larger)
     return Run(pipeline, options, finish, recorder, tell)
