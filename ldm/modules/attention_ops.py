@@ -11,13 +11,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 # Most score entries that `sliced` holds at once: 256 MiB in float32.
 SLICE_ENTRIES = 2**26
 
 # Score entries that `cached` makes at once for each thread: 2 MiB in bfloat16.
 CACHED_ENTRIES = 2**20
+
+# Numbers of float32 in a register: a product of another width than a multiple takes a quarter longer.
+REGISTER = 16
 
 # Score entries of a head up to which the fused kernel of processors takes 5 times as long backwards as the formula.
 SHORT = 128**2
@@ -55,15 +58,17 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     (b, heads, n, _), m = q.shape, k.shape[2]
     most = max(1, CACHED_ENTRIES * torch.get_num_threads() // m)  # rows of all heads together
     rows, together = min(n, most), max(1, most // n)
-    out = q.new_empty(b, n, heads, v.shape[-1]).transpose(1, 2)  # in the order in which the heads are joined again
-    k = (k * scale).transpose(-1, -2)
+    width = v.shape[-1]
+    out = q.new_empty(b, n, heads, width).transpose(1, 2)  # in the order in which the heads are joined again
+    # Keys and values as the products take them in, or every few rows they would be copied anew.
+    k = (k * scale).transpose(-1, -2).contiguous()
+    v = pad(v, (0, -width % REGISTER))
     for i in range(b):
         for head in range(0, heads, together):
             some = slice(head, head + together)
-            keys, values = k[i, some], v[i, some].contiguous()
             for row in range(0, n, rows):
-                scores = q[i, some, row:row + rows] @ keys
-                out[i, some, row:row + rows] = scores.softmax(dim=-1) @ values
+                scores = q[i, some, row:row + rows] @ k[i, some]
+                out[i, some, row:row + rows] = (scores.softmax(dim=-1) @ v[i, some])[..., :width]
     return out
 
 
