@@ -162,6 +162,7 @@ class Run:
 
         def on_step(x: Tensor, x0: Tensor) -> None:
             step = next(numbers)
+            self.recorder.hash()  # not before, when it would hold up the first step
             bar.update()
             self.tell("step", batch=batch, step=step, of=steps)
             if preview:

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.checkpoint import UNKNOWN, open_checkpoint
+from ldm.checkpoint import UNKNOWN, Checkpoint, open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.checkpoint.names import EMA
 from ldm.config import load_config, model_section
@@ -49,13 +49,15 @@ logger = logging.getLogger(__name__)
 class Chosen:
     """The files of a model, its `model:` section, and the sizes that it works in.
 
-    grammar: where the config names one, what raises RequestError for a prompt that the model never learnt to read.
+    file: opens the checkpoint, once for all who ask; grammar: where the config names one, what raises RequestError for
+    a prompt that the model never learnt to read.
     """
 
     config: Path
     checkpoint: Path
     section: DictConfig
     geometry: Geometry
+    file: Callable[[], Checkpoint]
     grammar: Callable[[str], Any] | None = None
 
 
@@ -80,11 +82,12 @@ def choose(options: ModelOptions, made_for: Sequence[str] = ()) -> Chosen:
     if checkpoint != find(options.ckpt):
         logger.info("no checkpoint at %s: this is %s, which draws coloured shapes alone; python scripts/fetch_model.py "
                     "v1.4 gets Stable Diffusion", options.ckpt, checkpoint)
-    config = find(options.config or shipped_config(checkpoint))
+    file = cache(partial(open_checkpoint, checkpoint))
+    config = find(options.config or shipped_config(checkpoint, file))
     content = load_config(config)
     section, grammar = model_section(content, config), content.get("prompt_grammar")
     check_kind(section.target, made_for, checkpoint)
-    return Chosen(config, checkpoint, section, geometry(section, config),
+    return Chosen(config, checkpoint, section, geometry(section, config), file,
                   grammar and get_obj_from_str(grammar["target"]))
 
 
@@ -139,14 +142,17 @@ def together(models: Sequence[Chosen], outlines: Sequence[LatentDiffusion]) -> G
     return replace(first, step=max(one.geometry.step for one in models))
 
 
-def shipped_config(checkpoint: Path) -> str:
-    """The config that belongs to what the checkpoint says it is; the one beside it, or in its folder, comes first."""
+def shipped_config(checkpoint: Path, file: Callable[[], Checkpoint] | None = None) -> str:
+    """The config that belongs to what the checkpoint says it is; the one beside it, or in its folder, comes first.
+
+    file: opens the checkpoint, if it has to be.
+    """
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.yaml"
     if beside.exists():
         return str(beside)
     if is_folder(checkpoint):
         return str(checkpoint)
-    family = open_checkpoint(checkpoint).family
+    family = (file() if file else open_checkpoint(checkpoint)).family
     if family.instead:
         raise CheckpointError(f"{checkpoint} is no model by itself ({family.name}): {family.instead}")
     if not family.config:
@@ -173,10 +179,9 @@ def check_prompts(rows: Sequence[Row], grammar: Callable[[str], Any]) -> None:
         logger.warning("this model has not learnt to draw that: %s%s", outside[0], others)
 
 
-def weigh(checkpoint: Path, dtype: torch.dtype) -> int:
+def weigh(file: Checkpoint, dtype: torch.dtype) -> int:
     """How many bytes the weights of a checkpoint take in `dtype`, without those of which there is an average too."""
-    outline = open_checkpoint(checkpoint).outline
-    return sum(weight.numel() for name, weight in outline.items() if not name.startswith(EMA)) * dtype.itemsize
+    return sum(weight.numel() for name, weight in file.outline.items() if not name.startswith(EMA)) * dtype.itemsize
 
 
 def open_run(
@@ -199,12 +204,12 @@ def open_run(
     adapters = read_adapters(model)
     finish = Finisher(options)
     if options.watermark is None:
-        finish.text = open_checkpoint(chosen.checkpoint).family.watermark
+        finish.text = chosen.file().family.watermark
     precision = pick_precision(model.precision, device)
     weights = 0
     for one in (*models, *([upscaler] if upscaler else [])):
         logger.debug("%s, built as %s says, on %s in %s precision", one.checkpoint, one.config, device, precision)
-        weights += weigh(one.checkpoint, DTYPES[precision])
+        weights += weigh(one.file(), DTYPES[precision])
     memory = pick_memory(model.memory, device, weights, held(device))
     saving = SAVINGS[memory]
     if device.type == "cpu" and not saving.stages:
@@ -214,7 +219,7 @@ def open_run(
         with as_out_of_memory(f"{device} has no room for {one.checkpoint}: try --memory lowest or --precision bf16"):
             loaded = load_model(
                 one.config,
-                one.checkpoint,
+                one.file(),
                 device="cpu" if saving.stages else device,
                 dtype=DTYPES[precision],
                 use_ema=model.use_ema,

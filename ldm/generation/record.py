@@ -26,7 +26,7 @@ ADAPTERS = ("lora", "embedding", "refiner", "upscaler")
 
 
 class Recorder:
-    """Describes the pictures of one run; the checkpoint is hashed in the background while the first batch is sampled.
+    """Describes the pictures of one run; the checkpoint is hashed in the background after the first step (`hash`).
 
     how: the settings of the run that change a picture, by the names in HOW and ADAPTERS.
     """
@@ -37,14 +37,20 @@ class Recorder:
         self.how = dict(how)
         self.versions = installed_versions()
         self._sha256 = ""
-        self._hashing = Thread(target=self._hash, daemon=True)
-        self._hashing.start()
+        self._hashing: Thread | None = None
+
+    def hash(self) -> None:
+        """Begin to hash the checkpoint in the background, unless that has begun."""
+        if not self._hashing:
+            self._hashing = Thread(target=self._hash, daemon=True)
+            self._hashing.start()
 
     def _hash(self) -> None:
         self._sha256 = checkpoint_hash(self.checkpoint)
 
     @property
     def sha256(self) -> str:
+        self.hash()
         self._hashing.join()
         return self._sha256
 

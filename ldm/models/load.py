@@ -41,7 +41,7 @@ LISTED = 4  # names of weights that an error quotes
 
 def load_model(
     config: str | Path | DictConfig,
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -62,7 +62,7 @@ def load_model(
     Raises ConfigError, CheckpointError (with the family of a checkpoint that another config is for), OutOfMemory.
     """
     section, source = _section(config)
-    file = open_checkpoint(checkpoint)
+    file = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = outline or build_model(config)
     weights = file.tensors
     if _wants_ema(section, file) if use_ema is None else use_ema:
