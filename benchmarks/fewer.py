@@ -42,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dpmpp_2m, 20 steps": {"sampler": "dpmpp_2m", "steps": 20},
     "dpmpp_2m, 15 steps": {"sampler": "dpmpp_2m", "steps": 15},
     "plms, 50 steps, guided in 0.28,5.4": {"sampler": "plms", "steps": 50, **INTERVAL},
+    "plms, 50 steps, half of the tokens merged": {"sampler": "plms", "steps": 50, "token_merging": 0.5},
     "dpmpp_2m, 20 steps, guided in 0.28,5.4": {"sampler": "dpmpp_2m", "steps": 20, **INTERVAL},
 }
 PROMPTS = "a photograph of an astronaut riding a horse", "a castle at dusk", "a red fox in the snow", "a bowl of fruit"

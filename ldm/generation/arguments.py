@@ -160,6 +160,9 @@ def add_sampling(
     group.add_argument("--guidance_interval", metavar="LO,HI",
                        help="guide only at noise levels, sigma / alpha, above LO and up to HI, such as 0.28,5.4; the "
                        "other steps take half the time (default: everywhere)")
+    group.add_argument("--token_merging", type=float, default=Request.token_merging, metavar="SHARE",
+                       help="merge this share of the pixels with others that are like them, 0 to 0.75, wherever the "
+                       "network's self-attention is over 64x64 or more; 0.5 is usual (default: %(default)s)")
     group.add_argument("--seed", type=int, default=Request.seed, metavar="N", help="(default: %(default)s)")
     group.add_argument("--seed_mode", choices=SEED_MODES, default=Request.seed_mode,
                        help="run: one noise a batch on the sampling device, as CompVis; image: seed, seed+1, ... "

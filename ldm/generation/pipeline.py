@@ -23,6 +23,7 @@ from ldm.image.depth import to_depth
 from ldm.image.io import to_image
 from ldm.memory import as_out_of_memory, autocast
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.merging import FEWEST, merging
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,16 @@ class Pipeline:
             roles = condition.at(done).roles
             denoise = sampling.Denoiser(sampling.ask(apply_model, roles), model.parameterization, guidance, guided)
             moves = sampler(look, x, leg, self.schedule, **options)
-            for x, level in zip(moves, leg[1:], strict=True):
-                done += 1
-                if blending and level is not levels[-1]:
-                    x.copy_(stages.blend(clean, x, keep, level, draw(x)))
-                on_step(x, x0)
-                if now := condition.later.get(done):
-                    denoise.ask = sampling.ask(apply_model, now.roles)
+            with merging(model.model, request.token_merging) as mergers:
+                for x, level in zip(moves, leg[1:], strict=True):
+                    done += 1
+                    if blending and level is not levels[-1]:
+                        x.copy_(stages.blend(clean, x, keep, level, draw(x)))
+                    on_step(x, x0)
+                    if now := condition.later.get(done):
+                        denoise.ask = sampling.ask(apply_model, now.roles)
+            if request.token_merging and not any(one.used for one in mergers):
+                logger.warning("--token_merging changed nothing: no self-attention is over %d tokens or more", FEWEST)
         if away and away.calls <= away.warmup:
             logger.warning("--safe %s begins after %d evaluations of the network, but the walk had only %d: it changed "
                            "nothing", request.safe, away.warmup, away.calls)

@@ -70,6 +70,7 @@ class Recorder:
             "CFG scale": request.scale,
             "Image CFG scale": request.image_scale,
             "Guidance interval": request.guidance_interval,
+            "Token merging ratio": request.token_merging or None,
             "Safe": request.safe,
             "Seed": request.seed,
             "Size": f"{width}x{height}",

@@ -18,6 +18,7 @@ LONG_PROMPTS = ("cut", "chunk")
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MIN_TILE, MAX_TILE = 16, 2**16
+MOST_MERGED = 0.75  # of tokens: one of each 2x2 stays
 UPSCALER_NOISE = 20  # the usual noise_level of an upscaler
 
 
@@ -34,6 +35,7 @@ class Request:
     picture, or what is seen in one that is varied, is told, in steps of its schedule; None is the model's usual one.
     prompt_weights: read the brackets of prompts, as `ldm.prompt` does; else they are text like any other.
     guidance_interval: "LO,HI", the noise levels between which `scale` counts; None is everywhere.
+    token_merging: the share of the tokens that large self-attentions merge with others, 0 to MOST_MERGED; 0 is none.
     safe: how far to keep from `safe_concept`, as `ldm.generation.safe` reads it; None is not at all.
     seed_mode: "run" draws one noise for a whole batch on the sampling device, as CompVis does; "image" gives each
     picture a seed of its own, drawn on the CPU, for the same picture on any device and at any batch size.
@@ -54,6 +56,7 @@ class Request:
     scale: float = 7.5
     image_scale: float | None = None
     guidance_interval: str | None = None
+    token_merging: float = 0.0
     seed: int = 42
     seed_mode: str = "run"
     fixed_code: bool = False
@@ -90,6 +93,7 @@ class Request:
         check_choice("solver_order", self.solver_order, (2, 3))
         check_range("ddim_steps", self.steps, 1, MAX_STEPS)
         check_range("ddim_eta", self.eta, 0.0, 1.0)
+        check_range("token_merging", self.token_merging, 0.0, MOST_MERGED)
         check_range("strength", self.strength, 0.0, 1.0)
         check_choice("scale_factor", self.upscale, (None, 2, 4))
         if self.noise_level is not None:

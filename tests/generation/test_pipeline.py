@@ -70,6 +70,19 @@ def test_guidance_in_an_interval_counts_at_its_levels_alone(pipeline):
     assert walk(replace(plain, guidance_interval="0,inf"))[-1].equal(guided[-1])
 
 
+def test_pixels_are_merged_where_that_is_asked_for_and_it_is_said_where_none_can_be(draw, monkeypatch, caplog):
+    request = Request(prompt="a fox", **SMALL)
+    plain, = draw("text", request)
+    same, = draw("text", replace(request, token_merging=0.5))
+    assert "--token_merging changed nothing" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("ldm.modules.merging.FEWEST", 1)
+    merged, = draw("text", replace(request, token_merging=0.5))
+    assert np.array_equal(same, plain)
+    assert not np.array_equal(merged, plain)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("method", ["multistep", "singlestep"])
 def test_the_order_and_the_method_of_dpm_solver_reach_it(draw, order, method):

@@ -28,6 +28,7 @@ from ldm.generation.request import ETA_SAMPLERS, SAMPLERS, SCHEDULES, Request, c
         ({"negative_prompt": "\ud800"}, "negative_prompt must be UTF-8"),
         ({"width": 0}, "width must be positive"),
         ({"height": -64}, "height must be positive"),
+        ({"token_merging": 0.8}, "token_merging must be from 0.0 to 0.75, got 0.8"),
         ({"guidance_interval": "0.28"}, "two noise levels LO,HI such as 0.28,5.4, got '0.28'"),
         ({"guidance_interval": "0.28,x"}, "two noise levels LO,HI"),
         ({"guidance_interval": "5,1"}, "must rise from its LO"),
