@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.checkpoint import read_checkpoint
 from ldm.errors import ConfigError
 from ldm.modules.ema import LitEma
-from ldm.util import instantiate_from_config, mean_flat
+from ldm.util import get_obj_from_str, instantiate_from_config, mean_flat
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Training:
         min_snr_gamma: float | None = None,
         offset_noise: float = 0.0,
         timestep_density: Mapping[str, float] | None = None,
+        optimizer_config: Mapping | None = None,
         **others,
     ) -> None:
         """Keep the training options, and make the EMA copy of `self.model` and the per-step log variance `logvar`.
@@ -65,8 +66,9 @@ class Training:
         classifier-free guidance needs. min_snr_gamma: weight of Hang et al. 2023, off if None. offset_noise: scale of a
         noise shared by all pixels of a channel, so that the mean brightness is learned too. timestep_density: {"mean",
         "std"} of the normal whose sigmoid is the share of the way to pure noise that training draws (Esser et al. 2024,
-        eq. 19), so that the steps where a picture takes shape are seen more often; uniform if None. Settings of the
-        training forks are left out with a warning; ConfigError names every other keyword that is not known.
+        eq. 19), so that the steps where a picture takes shape are seen more often; uniform if None. optimizer_config:
+        {"target", "params"} of another optimizer than AdamW. Settings of the training forks are left out with a
+        warning; ConfigError names every other keyword that is not known.
         """
         unknown = sorted(others.keys() - FORK_SETTINGS)
         if unknown:
@@ -87,6 +89,7 @@ class Training:
         self.min_snr_gamma = min_snr_gamma
         self.offset_noise = offset_noise
         self.timestep_density = timestep_density
+        self.optimizer_config = optimizer_config or {"target": "torch.optim.AdamW"}
         if use_ema:
             self.model_ema = LitEma(self.model)
         with torch.device("cpu"):
@@ -235,8 +238,10 @@ class Training:
         return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
 
     def configure_optimizers(self):
-        """AdamW at `self.learning_rate`; with a scheduler_config, its multiplier applied after every step."""
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate)
+        """The optimizer at `self.learning_rate`; with a scheduler_config, its multiplier applied after every step."""
+        optimizer_class = get_obj_from_str(self.optimizer_config["target"])
+        options = self.optimizer_config.get("params", {})
+        optimizer = optimizer_class(self.trained_parameters(), lr=self.learning_rate, **options)
         if not self.use_scheduler:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)

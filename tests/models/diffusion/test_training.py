@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm.errors import ConfigError
 from ldm.models.diffusion.training import tiled
+from ldm.training.muon import Muon
 
 SCHEDULER = {
     "target": "ldm.lr_scheduler.LambdaLinearScheduler",
@@ -140,6 +141,14 @@ def test_the_optimizer_trains_the_network_alone(small_model):
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 3e-4
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.model.parameters()}
+
+
+def test_a_configuration_may_name_another_optimizer(small_model):
+    model = small_model(optimizer_config={"target": "ldm.training.muon.Muon", "params": {"rms": 0.5}})
+    model.learning_rate = 3e-4
+    optimizer = model.configure_optimizers()
+    assert isinstance(optimizer, Muon)
+    assert (optimizer.param_groups[0]["lr"], optimizer.rms) == (3e-4, 0.5)
 
 
 def test_the_optimizer_also_trains_what_the_configuration_sets_free(small_model):
