@@ -17,7 +17,7 @@ LAYERS = {
     "ldm.image": 1, "ldm.sampling": 1, "ldm.data": 1, "ldm.download": 1,
     "ldm.modules": 2,
     "ldm.models": 3,
-    "ldm.adapters": 4, "ldm.memory": 4, "ldm.safety": 4,
+    "ldm.adapters": 4, "ldm.compiled": 4, "ldm.memory": 4, "ldm.safety": 4,
     "ldm.generation": 5, "ldm.training": 5, "ldm.evaluation": 5, "ldm.doctor": 5,
     "ldm.web": 6,
 }  # fmt: skip

@@ -232,6 +232,8 @@ def add_model(parser: Parser, ckpt: str | None = ModelOptions.ckpt) -> None:
                        help="low keeps the text encoder and the autoencoder off the device while they are idle and "
                        "decodes in thin bands; lowest also brings each layer of the network to the device only while "
                        "it runs; auto does as little as the free memory asks for (default: %(default)s)")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the denoiser, which takes a minute or more the first time, for more speed")
     group.add_argument("--offline", action="store_true", help="never reach for the network")
 
 

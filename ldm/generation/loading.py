@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import UNKNOWN, Checkpoint, open_checkpoint
 from ldm.checkpoint.folder_config import is_folder
 from ldm.checkpoint.names import EMA
+from ldm.compiled import check_compiler, compile_network
 from ldm.config import load_config, model_section
 from ldm.download import MODELS
 from ldm.errors import CheckpointError, RequestError
@@ -192,12 +193,14 @@ def open_run(
     Raises RequestError, ModelError, OutOfMemory.
     """
     device = pick_device(model.device)
+    if model.compile:
+        check_compiler(device)
     models = [chosen, *([choose_refiner(model.refiner)] if model.refiner else [])]
     outlines = [build_model(one.config) for one in models]
     sizes = together(models, outlines)
     upscaler = choose_upscaler(model.upscaler, chosen) if model.upscaler else None
     larger = upscaler and Pipeline(build_model(upscaler.config), upscaler.geometry)
-    check_rows(rows, Pipeline(outlines[0], sizes, "full", *outlines[1:], upscaler=larger).check)
+    check_rows(rows, Pipeline(outlines[0], sizes, "full", *outlines[1:], upscaler=larger, compiled=model.compile).check)
     if chosen.grammar:
         check_prompts(rows, chosen.grammar)
     check_outdir(options.outdir)
@@ -212,6 +215,9 @@ def open_run(
         weights += weigh(one.file(), DTYPES[precision])
     memory = pick_memory(model.memory, device, weights, held(device))
     saving = SAVINGS[memory]
+    compiled = model.compile and not saving.stages
+    if model.compile > compiled:
+        logger.warning("--compile is left out: with --memory %s weights come and go", memory)
     if device.type == "cpu" and not saving.stages:
         keep_freed_memory()
 
@@ -240,13 +246,14 @@ def open_run(
         once({})
         loaded = [load(*part) for part in parts]
     else:
-        setting = device, precision, model.use_ema
+        setting = device, precision, model.use_ema, model.compile
         loaded = once({(role, Content(one.checkpoint), OmegaConf.to_yaml(one.section), *setting):
                        partial(load, one, outline) for role, (one, outline) in enumerate(parts)})
     how = {
         "device": device.type,
         "precision": precision,
         "memory": memory,
+        "compile": compiled,
         "use_ema": model.use_ema,
         "watermark": finish.text,
         "safety": options.safety,
@@ -254,7 +261,10 @@ def open_run(
     }
     recorder = Recorder(chosen.config, chosen.checkpoint, how)
     placed = [place(one, device, memory) for one in loaded]
+    if compiled:
+        for one in placed:
+            compile_network(one.model.diffusion_model, device)
     if upscaler:
         larger = Pipeline(placed.pop(), upscaler.geometry, precision)
-    pipeline = Pipeline(placed[0], sizes, precision, *placed[1:], upscaler=larger)
+    pipeline = Pipeline(placed[0], sizes, precision, *placed[1:], upscaler=larger, compiled=compiled)
     return Run(pipeline, options, finish, recorder, tell)

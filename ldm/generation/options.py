@@ -28,7 +28,7 @@ class ModelOptions:
     use_ema: True for the averaged weights, False for the others, None for what the config says. lora: FILE or
     FILE:WEIGHT each, embedding: FILE or FILE:WORD each. refiner: the weights of a second model, which goes on where
     a request says so; its config is the one beside them, or as they tell. upscaler: those of a model that draws latents
-    again with larger sides, where a request says so.
+    again with larger sides, where a request says so. compile: whether the denoisers are compiled.
     """
 
     config: str | None = None
@@ -41,6 +41,7 @@ class ModelOptions:
     embedding: tuple[str, ...] = ()
     refiner: str | None = None
     upscaler: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldm import sampling
-from ldm.errors import NumericalError
+from ldm.errors import NumericalError, RequestError
 from ldm.generation import measures, stages
 from ldm.generation.geometry import Geometry
 from ldm.generation.inputs import Given, Inputs, read_inputs
@@ -59,13 +59,15 @@ class Pipeline:
 
     refiner: the model of the last levels (Podell et al. 2023, section 2.5), on the latents and levels of the first.
     upscaler: the one that draws the finished latents again, with larger sides, where a request asks for that.
+    compiled: whether the denoisers are.
     """
 
     def __init__(
         self, model: LatentDiffusion, geometry: Geometry, precision: str = "full",
-        refiner: LatentDiffusion | None = None, upscaler: "Pipeline | None" = None,
+        refiner: LatentDiffusion | None = None, upscaler: "Pipeline | None" = None, compiled: bool = False,
     ):
         self.upscaler = upscaler
+        self.compiled = compiled
         self.models = [model] if refiner is None else [model, refiner]
         self.model = model
         self.geometry = geometry
@@ -87,6 +89,8 @@ class Pipeline:
         encoders = (model.cond_stage_model for model in self.models)
         measures.check(request, [key for encoder in encoders for key in getattr(encoder, "measures", ())])
         (self.upscaler or self).geometry.check_upscale(request, beside=self.upscaler is not None)
+        if request.token_merging and self.compiled:
+            raise RequestError("--token_merging changes the layers that --compile compiles: leave one of them out")
         read_inputs(request, self.geometry)
         self.path(request)
 

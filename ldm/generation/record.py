@@ -21,7 +21,7 @@ from ldm.image.metadata import format_parameters, read_record, sampler_label, to
 PACKAGES = ("torch", "numpy", "transformers", "pillow", "invisible-watermark")
 
 # The settings of a run that may change a picture.
-HOW = ("device", "precision", "memory", "use_ema", "watermark", "safety")
+HOW = ("device", "precision", "memory", "compile", "use_ema", "watermark", "safety")
 ADAPTERS = ("lora", "embedding", "refiner", "upscaler")
 
 

@@ -55,11 +55,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) ->
 def _cached(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     if mask is not None or q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled():
         return _sdpa(q, k, v, scale, mask)
+    if torch.compiler.is_compiling():
+        return torch.ops.ldm.attention_in_cache(q, k, v, scale)
+    return _in_cache(q, k, v, scale)
+
+
+def _in_cache(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     (b, heads, n, _), m = q.shape, k.shape[2]
     most = max(1, CACHED_ENTRIES * torch.get_num_threads() // m)  # rows of all heads together
     rows, together = min(n, most), max(1, most // n)
     width = v.shape[-1]
-    out = q.new_empty(b, n, heads, width).transpose(1, 2)  # in the order in which the heads are joined again
+    out = _joinable(q, k, v, scale)
     # Keys and values as the products take them in, or every few rows they would be copied anew.
     k = (k * scale).transpose(-1, -2).contiguous()
     v = pad(v, (0, -width % REGISTER))
@@ -70,6 +76,19 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
                 scores = q[i, some, row:row + rows] @ k[i, some]
                 out[i, some, row:row + rows] = (scores.softmax(dim=-1) @ v[i, some])[..., :width]
     return out
+
+
+def _joinable(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Room for the result, in the order in which the heads are joined again."""
+    b, heads, n, _ = q.shape
+    return q.new_empty(b, n, heads, v.shape[-1]).transpose(1, 2)
+
+
+# To a compiler it is one operator: it would write the loop out, a product at a time.
+_operators = torch.library.Library("ldm", "DEF")
+_operators.define("attention_in_cache(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+_operators.impl("attention_in_cache", _in_cache, "CPU")
+torch.library.register_fake("ldm::attention_in_cache", _joinable, lib=_operators)
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
