@@ -216,7 +216,7 @@ def open_run(
     memory = pick_memory(model.memory, device, weights, held(device))
     saving = SAVINGS[memory]
     compiled = model.compile and not saving.stages
-    if model.compile > compiled:
+    if model.compile and not compiled:
         logger.warning("--compile is left out: with --memory %s weights come and go", memory)
     if device.type == "cpu" and not saving.stages:
         keep_freed_memory()
