@@ -1,7 +1,6 @@
 """The models of a process's last run, kept for its next: a notebook that draws and then paints over loads them once."""
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,18 +12,15 @@ from ldm.generation.inputs import fingerprint
 _kept: dict[Hashable, nn.Module] = {}
 
 
-@dataclass(frozen=True, eq=False)
 class Content:
     """What a checkpoint holds, a file or a folder: equal to that of a copy of it, and to nothing once it has changed.
 
     Hashes are asked for only where two places hold files of the same sizes.
     """
 
-    checkpoint: Path
-    files: tuple = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "files", stamps(self.checkpoint))
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.files = stamps(checkpoint)
 
     @property
     def sizes(self) -> tuple[int, ...]:

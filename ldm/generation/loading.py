@@ -246,7 +246,7 @@ def open_run(
         once({})
         loaded = [load(*part) for part in parts]
     else:
-        setting = device, precision, model.use_ema, model.compile
+        setting = device, precision, model.use_ema, compiled
         loaded = once({(role, Content(one.checkpoint), OmegaConf.to_yaml(one.section), *setting):
                        partial(load, one, outline) for role, (one, outline) in enumerate(parts)})
     how = {
