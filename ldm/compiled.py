@@ -44,8 +44,14 @@ class Compiled:
             return self.run(x, *others, **named)
         logger.info("compiling for latents of %dx%d, %d at once, which takes a minute or more the first time",
                     x.shape[-1], x.shape[-2], len(x))
+        from torch._dynamo.exc import BackendCompilerFailed
+
         begun = time.perf_counter()
-        out = self.run(x, *others, **named)
+        try:
+            out = self.run(x, *others, **named)
+        except BackendCompilerFailed as error:
+            reason = str(error.inner_exception).strip()
+            raise DeviceError(f"--compile failed; leave it out, or mend what the compiler says: {reason}") from error
         self.sizes.add(x.shape)
         logger.info("compiled in %.0f s; %s keeps it", time.perf_counter() - begun, self.folder)
         return out

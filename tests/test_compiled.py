@@ -68,6 +68,17 @@ def test_without_a_compiler_it_is_said_before_anything_is_read(monkeypatch, tmp_
         check_compiler(CPU)
 
 
+def test_a_compiler_that_fails_is_quoted_with_the_way_out(tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("fatal error: omp.h: No such file")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    network = torch.nn.Conv2d(4, 4, 3)
+    compile_network(network, CPU, backend=backend)
+    with pytest.raises(DeviceError, match=r"leave it out.*omp\.h: No such file"):
+        network(torch.randn(1, 4, 8, 8))
+
+
 def test_where_weights_come_and_go_nothing_is_compiled_and_it_is_said(checkpoint, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("ldm.generation.loading.check_compiler", lambda device: None)
     ready = run(checkpoint, tmp_path, memory="low")
