@@ -52,7 +52,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"there is no such case; --list tells all {len(every())}")
     if options.list:
-        sys.stdout.writelines(f"{case.title:55}{case.what}\n" for _, case in chosen)
+        sys.stdout.writelines(f"{case.title:68}{case.what}\n" for _, case in chosen)
         return
     from benchmarks.machine import ceilings, describe, load
 

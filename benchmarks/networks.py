@@ -59,7 +59,7 @@ def cases(name: str, what: str, options: tuple, goals: dict[tuple[str, str], flo
     return [run(ours, theirs, goal=goal) for (ours, theirs), goal in goals.items()]
 
 
-FULL, HALF = "ours fp32", "ours bf16"
+FULL, HALF, COMPILED = "ours fp32", "ours bf16", "ours-compiled bf16"
 THEIR_FULL, THEIR_HALF, OPENVINO = "diffusers fp32", "diffusers bf16", "openvino bf16"
 
 CASES = [
@@ -67,6 +67,9 @@ CASES = [
         (FULL, THEIR_FULL): 0.9, (HALF, THEIR_FULL): 0.2, (HALF, THEIR_HALF): 0.62, (HALF, OPENVINO): 1.0,
     }),
     *cases("unet-256", "the same at 256x256", (denoise, 256, 1), {(HALF, THEIR_HALF): 0.6, (HALF, OPENVINO): 1.1}),
+    *cases("unet-512-compiled", "a step at 512x512 after torch.compile, which takes minutes", (denoise, 512, 1), {
+        (COMPILED, "diffusers-compiled bf16"): None, (COMPILED, HALF): None,
+    }),
     *cases("unet-512-batch-4", "the same, four pictures of 512x512", (denoise, 512, 4), {(HALF, THEIR_HALF): None}),
     *cases("unet-256-batch-4", "the same, four pictures of 256x256", (denoise, 256, 4), {(HALF, THEIR_HALF): None}),
     *cases("decode-512", "the autoencoder's decoder, one picture of 512x512", (decode, 512), {

@@ -102,6 +102,27 @@ class Diffusers:
         return lambda: text(ids).last_hidden_state.float()
 
 
+class OursCompiled(Ours):
+    """This project with `--compile`."""
+
+    def __init__(self, files: Files, precision: str):
+        from ldm.compiled import compile_network
+
+        super().__init__(files, precision)
+        compile_network(self.model.model.diffusion_model, torch.device("cpu"))
+
+
+class DiffusersCompiled(Diffusers):
+    """diffusers with its UNet compiled, frozen as ours is."""
+
+    @cached_property
+    def unet(self) -> nn.Module:
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        return torch.compile(super().unet)
+
+
 class OpenVino:
     """diffusers' networks compiled by OpenVINO for one size each, which it runs fastest."""
 
@@ -144,4 +165,7 @@ class OpenVino:
         return run
 
 
-TOOLS = {"ours": Ours, "diffusers": Diffusers, "openvino": OpenVino}
+TOOLS = {
+    "ours": Ours, "diffusers": Diffusers, "openvino": OpenVino,
+    "ours-compiled": OursCompiled, "diffusers-compiled": DiffusersCompiled,
+}  # fmt: skip
