@@ -20,7 +20,8 @@ SMALL = {
     "latent": {
         "data": {"params": {"batch_size": 2, "train": {"params": {"source": {"params": {"n": 4}}}},
                             "validation": {"params": {"source": {"params": {"n": 2}}}}}},
-        "lightning": {"callbacks": {"exact_score": {"params": {"n": 2, "steps": 2}},
+        "lightning": {"trainer": {"devices": 1, "strategy": "auto"},
+                      "callbacks": {"exact_score": {"params": {"n": 2, "steps": 2}},
                                     "image_logger": {"params": {"disabled": True}}}},
     },
 }  # fmt: skip
