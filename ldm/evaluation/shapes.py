@@ -27,7 +27,7 @@ FRAME = 48  # shapes are compared in a frame of so many pixels ...
 FRAME_WIDTH = 2.2  # ... whose side is so many times the square root of their area
 ANGLES = range(-12, 13, 2)
 FITS = (0.95, 1.0, 1.05)  # scales about that of equal area
-MAX_DEVIATION = 0.025  # of an outline from the ideal one, on average over its length, as a part of the span
+MAX_DEVIATION = 0.016  # of an outline from the ideal one, on average over its length, as a part of the span
 MIN_LEAD = 0.05  # of the best shape's overlap over the next shape's
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)
