@@ -67,7 +67,7 @@ CASES = [
         (FULL, THEIR_FULL): 0.9, (HALF, THEIR_FULL): 0.2, (HALF, THEIR_HALF): 0.62, (HALF, OPENVINO): 1.0,
     }),
     *cases("unet-256", "the same at 256x256", (denoise, 256, 1), {(HALF, THEIR_HALF): 0.6, (HALF, OPENVINO): 1.1}),
-    *cases("unet-512-compiled", "a step at 512x512 after torch.compile, which takes minutes", (denoise, 512, 1), {
+    *cases("unet-512-compiled", "a step at 512x512 after torch.compile, which is not timed", (denoise, 512, 1), {
         (COMPILED, "diffusers-compiled bf16"): None, (COMPILED, HALF): None,
     }),
     *cases("unet-512-batch-4", "the same, four pictures of 512x512", (denoise, 512, 4), {(HALF, THEIR_HALF): None}),

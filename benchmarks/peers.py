@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.weights import CONFIG, TEXT, Files
+from ldm.compiled import compile_network
 
 Run = Callable[[], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,21 +107,18 @@ class OursCompiled(Ours):
     """This project with `--compile`."""
 
     def __init__(self, files: Files, precision: str):
-        from ldm.compiled import compile_network
-
         super().__init__(files, precision)
         compile_network(self.model.model.diffusion_model, torch.device("cpu"))
 
 
 class DiffusersCompiled(Diffusers):
-    """diffusers with its UNet compiled, frozen as ours is."""
+    """diffusers with its UNet compiled in the same way."""
 
     @cached_property
     def unet(self) -> nn.Module:
-        import torch._inductor.config
-
-        torch._inductor.config.freezing = True
-        return torch.compile(super().unet)
+        network = super().unet
+        compile_network(network, torch.device("cpu"))
+        return network
 
 
 class OpenVino:

@@ -42,7 +42,7 @@ class Compiled:
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         if x.shape in self.sizes:
             return self.run(x, *others, **named)
-        logger.info("compiling for latents of %dx%d, %d at once, which takes a minute or more the first time",
+        logger.info("compiling for latents of %dx%d, %d at once, which takes long the first time",
                     x.shape[-1], x.shape[-2], len(x))
         from torch._dynamo.exc import BackendCompilerFailed
 

@@ -233,7 +233,7 @@ def add_model(parser: Parser, ckpt: str | None = ModelOptions.ckpt) -> None:
                        "decodes in thin bands; lowest also brings each layer of the network to the device only while "
                        "it runs; auto does as little as the free memory asks for (default: %(default)s)")
     group.add_argument("--compile", action="store_true",
-                       help="compile the denoiser with torch.compile, which takes minutes the first time")
+                       help="compile the denoiser with torch.compile, which takes long the first time")
     group.add_argument("--offline", action="store_true", help="never reach for the network")
 
 
