@@ -13,7 +13,8 @@ from ldm.models.load import load_model
 ROOT = Path(__file__).parent.parent.parent
 SHAPES = ROOT / "configs" / "shapes"
 SMALL = {
-    "autoencoder": {"data": {"params": {"batch_size": 2, "validation": {"params": {"n": 1}}}}},
+    "autoencoder": {"data": {"params": {"batch_size": 2, "validation": {"params": {"n": 1}}}},
+                    "lightning": {"trainer": {"devices": 1, "strategy": "auto"}}},
     "autoencoder-whole": {"data": {"params": {"batch_size": 1}}, "lightning": {"trainer": {"max_steps": 2}}},
     "clip": {"data": {"params": {"batch_size": 4, "validation": {"params": {"n": 4}}}}},
     "clip-pictures": {},

@@ -58,6 +58,7 @@ class Training:
         offset_noise: float = 0.0,
         timestep_density: Mapping[str, float] | None = None,
         optimizer_config: Mapping | None = None,
+        trained_guidance: float | None = None,
         **others,
     ) -> None:
         """Keep the training options, and make the EMA copy of `self.model` and the per-step log variance `logvar`.
@@ -67,7 +68,8 @@ class Training:
         noise shared by all pixels of a channel, so that the mean brightness is learned too. timestep_density: {"mean",
         "std"} of the normal whose sigmoid is the share of the way to pure noise that training draws (Esser et al. 2024,
         eq. 19), so that the steps where a picture takes shape are seen more often; uniform if None. optimizer_config:
-        {"target", "params"} of another optimizer than AdamW. Settings of the training forks are left out with a
+        {"target", "params"} of another optimizer than AdamW. trained_guidance: the guidance scale at which the model is
+        trained to be right, 1 if None; see `guided`. Settings of the training forks are left out with a
         warning; ConfigError names every other keyword that is not known.
         """
         unknown = sorted(others.keys() - FORK_SETTINGS)
@@ -90,6 +92,7 @@ class Training:
         self.offset_noise = offset_noise
         self.timestep_density = timestep_density
         self.optimizer_config = optimizer_config or {"target": "torch.optim.AdamW"}
+        self.trained_guidance = trained_guidance
         if use_ema:
             self.model_ema = LitEma(self.model)
         with torch.device("cpu"):
@@ -183,7 +186,10 @@ class Training:
         is `get_loss` for each of the batch and w the min-SNR weight (Ho et al. 2020, eqs. 12 and 14).
         """
         noise = self.draw_noise(x_start) if noise is None else noise
-        out = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        noisy = self.q_sample(x_start, t, noise)
+        out = self.apply_model(noisy, t, cond)
+        if self.training and self.trained_guidance is not None:
+            out = self.guided(out, noisy, t)
         loss = mean_flat(self.get_loss(out, self.target(x_start, t, noise), mean=False))
 
         prefix = "train" if self.training else "val"
@@ -196,6 +202,18 @@ class Training:
         bound = (self.lvlb_weights[t] * loss).mean()
         total = self.l_simple_weight * weighted.mean() + self.original_elbo_weight * bound
         return total, parts | {f"{prefix}/loss_vlb": bound, f"{prefix}/loss": total}
+
+    def guided(self, out: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The prediction `out` led away from that without a condition, by the scale of `trained_guidance`.
+
+        A model whose guided prediction is trained is right at that scale, where others are right at 1 and overdriven,
+        and learns to let its two predictions differ by nothing but what the condition says. This is guidance-free
+        training with a temperature above 1 (Chen et al. 2025, "Visual Generation Without Guidance"): no gradient flows
+        through the prediction without a condition.
+        """
+        with torch.no_grad():
+            empty = self.apply_model(noisy, t, self.get_learned_conditioning([""] * len(t)))
+        return empty + self.trained_guidance * (out - empty)
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 

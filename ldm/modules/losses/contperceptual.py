@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import AdversarialLoss, named
+
+THUMBNAIL_SCALE = 2.0  # pictures in [-1, 1] vary by about a half, latents should by one
 
 
 class DummyLoss(nn.Identity):
@@ -14,7 +17,12 @@ class DummyLoss(nn.Identity):
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):
-    """Laplace likelihood of learned variance, KL term and adversarial term: called once for each of two optimizers."""
+    """Laplace likelihood of learned variance, KL term and adversarial term: called once for each of two optimizers.
+
+    thumbnail_weight: what it costs if the first three latent channels are not the picture made small, times 2. A latent
+    that is as plain as that is easier to diffuse (Skorokhodov et al. 2025, "Improving the Diffusability of
+    Autoencoders", ask the decoder for it, with a latent made small); the other channels hold what sharpens it.
+    """
 
     def __init__(
         self,
@@ -31,6 +39,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         disc_conditional: bool = False,
         disc_loss: str = "hinge",
         perceptual_files: str | Sequence[str] = (),
+        thumbnail_weight: float = 0.0,
     ):
         super().__init__(
             disc_start,
@@ -45,6 +54,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
             perceptual_files=perceptual_files,
         )
         self.kl_weight = kl_weight
+        self.thumbnail_weight = thumbnail_weight
         self.pixel_weight = pixelloss_weight
         self.logvar = nn.Parameter(torch.full((), float(logvar_init)))
 
@@ -75,6 +85,9 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         kl_loss = posteriors.kl().sum() / batch
         adversarial, parts = self.generator_term(nll_loss, reconstructions, global_step, last_layer, cond)
         loss = weighted + self.kl_weight * kl_loss + adversarial
+        if self.thumbnail_weight:
+            parts["thumbnail_loss"] = self.thumbnail_loss(inputs, posteriors.mean).sum() / batch
+            loss = loss + self.thumbnail_weight * parts["thumbnail_loss"]
         parts |= {
             "total_loss": loss,
             "logvar": self.logvar,
@@ -83,3 +96,9 @@ class LPIPSWithDiscriminator(AdversarialLoss):
             "rec_loss": rec_loss,
         }
         return loss, named(parts, split)
+
+    @staticmethod
+    def thumbnail_loss(inputs: Tensor, latents: Tensor) -> Tensor:
+        """The squared distance of the first channels of latents (b, z, h, w) from inputs (b, c, H, W) made small."""
+        small = THUMBNAIL_SCALE * F.adaptive_avg_pool2d(inputs, latents.shape[2:])
+        return (latents[:, :inputs.shape[1]] - small).square()

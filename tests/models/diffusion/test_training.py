@@ -109,6 +109,33 @@ def test_min_snr_weighting_changes_what_is_minimised_and_not_what_is_reported(sm
     assert parts["val/loss_simple"].item() == 4.0
 
 
+class Told(nn.Module):
+    """A network that puts out, everywhere, the first number of its condition times a weight, and its other weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard, self.known = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.25))
+
+    def forward(self, x, timesteps=None, context=None, y=None):
+        return (self.heard * context[:, :1, :1, None] + self.known).expand_as(x)
+
+
+def test_with_a_trained_guidance_the_guided_prediction_is_what_is_trained(small_model):
+    model = small_model(trained_guidance=3.0).train()
+    model.model.diffusion_model = Told()
+    model.get_learned_conditioning = lambda captions: torch.zeros(len(captions), 3, 8)
+    noise = torch.full((2, 4, 8, 8), 2.0)
+    loss, _ = model.p_losses(torch.zeros_like(noise), torch.ones(2, 3, 8), torch.full((2,), 4), noise=noise)
+    torch.testing.assert_close(loss, torch.tensor((0.25 + 3.0 * 0.5 - 2.0) ** 2))
+    loss.backward()
+    network = model.model.diffusion_model
+    # The prediction without a condition, 0.25, is held: what moves is its difference from the other, three times over.
+    torch.testing.assert_close(network.heard.grad, torch.tensor(2 * (0.25 + 1.5 - 2.0) * 3.0))
+    torch.testing.assert_close(network.known.grad, network.heard.grad)
+    loss, _ = model.eval().p_losses(torch.zeros_like(noise), torch.ones(2, 3, 8), torch.full((2,), 4), noise=noise)
+    torch.testing.assert_close(loss, torch.tensor((0.25 + 0.5 - 2.0) ** 2))
+
+
 def test_a_timestep_density_prefers_the_steps_around_its_mean_in_training_alone(small_model):
     torch.manual_seed(0)
     model, many = small_model(timesteps=1000, timestep_density={"mean": 0.0, "std": 0.5}), torch.zeros(2000, 1, 1, 1)

@@ -49,6 +49,17 @@ def test_before_its_start_the_discriminator_adds_nothing(pictures):
     assert parts["train/rec_loss"] == (x - reconstruction).abs().mean()
 
 
+def test_a_latent_that_is_not_the_picture_made_small_costs_by_the_square_of_the_difference(pictures):
+    x, reconstruction, last_layer = pictures
+    small = 2 * nn.functional.avg_pool2d(x, 8)
+    moments = torch.cat([small + 0.5, torch.randn(2, 5, 4, 4)], dim=1)  # three channels of the mean are off by 0.5
+    posterior = DiagonalGaussianDistribution(moments)
+    plain, _ = kl_loss()(x, reconstruction, posterior, 0, 9, last_layer)
+    loss, parts = kl_loss(thumbnail_weight=30.0)(x, reconstruction, posterior, 0, 9, last_layer)
+    torch.testing.assert_close(parts["train/thumbnail_loss"], torch.tensor(3 * 4 * 4 * 0.5**2))
+    torch.testing.assert_close(loss, plain + 30.0 * parts["train/thumbnail_loss"])
+
+
 def test_the_adaptive_weight_balances_both_gradients_at_the_last_layer(pictures):
     x, reconstruction, last_layer = pictures
     loss, posterior = kl_loss(kl_weight=0.0, disc_weight=0.5), DiagonalGaussianDistribution(torch.randn(2, 8, 4, 4))
