@@ -1,6 +1,6 @@
 """Time and memory of this project beside diffusers and OpenVINO: the same random weights of full size, equal outputs.
 
-    python -m benchmarks                        every case: hours on two cores, 24 GB of disk, 10 GB of memory
+    python -m benchmarks                        every case: 24 GB of disk, 10 GB of memory
     python -m benchmarks unet-512 decode start  those whose names begin so
     python -m benchmarks --list
 

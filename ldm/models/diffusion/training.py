@@ -68,8 +68,8 @@ class Training:
         noise shared by all pixels of a channel, so that the mean brightness is learned too. timestep_density: {"mean",
         "std"} of the normal whose sigmoid is the share of the way to pure noise that training draws (Esser et al. 2024,
         eq. 19), so that the steps where a picture takes shape are seen more often; uniform if None. optimizer_config:
-        {"target", "params"} of another optimizer than AdamW. trained_guidance: the guidance scale at which the model is
-        trained to be right, 1 if None; see `guided`. Settings of the training forks are left out with a
+        {"target", "params"} of another optimizer than AdamW. trained_guidance: the guidance scale at which a model of
+        captions is trained to be right, 1 if None; see `guided`. Settings of the training forks are left out with a
         warning; ConfigError names every other keyword that is not known.
         """
         unknown = sorted(others.keys() - FORK_SETTINGS)
@@ -92,6 +92,8 @@ class Training:
         self.offset_noise = offset_noise
         self.timestep_density = timestep_density
         self.optimizer_config = optimizer_config or {"target": "torch.optim.AdamW"}
+        if trained_guidance is not None and self.model.conditioning_key != "crossattn":
+            raise ConfigError("trained_guidance is for models with a caption alone, of conditioning_key crossattn")
         self.trained_guidance = trained_guidance
         if use_ema:
             self.model_ema = LitEma(self.model)
@@ -212,7 +214,7 @@ class Training:
         through the prediction without a condition.
         """
         with torch.no_grad():
-            empty = self.apply_model(noisy, t, self.get_learned_conditioning([""] * len(t)))
+            empty = self.apply_model(noisy, t, self.get_unconditional_conditioning(len(t), ""))
         return empty + self.trained_guidance * (out - empty)
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks

@@ -136,6 +136,11 @@ def test_with_a_trained_guidance_the_guided_prediction_is_what_is_trained(small_
     torch.testing.assert_close(loss, torch.tensor((0.25 + 0.5 - 2.0) ** 2))
 
 
+def test_guidance_is_trained_for_captions_alone(small_model):
+    with pytest.raises(ConfigError, match="trained_guidance is for models with a caption alone"):
+        small_model(trained_guidance=3.0, conditioning_key="concat")
+
+
 def test_a_timestep_density_prefers_the_steps_around_its_mean_in_training_alone(small_model):
     torch.manual_seed(0)
     model, many = small_model(timesteps=1000, timestep_density={"mean": 0.0, "std": 0.5}), torch.zeros(2000, 1, 1, 1)
