@@ -4,8 +4,8 @@
     python scripts/train_shapes.py --gpu   # on a GPU, in larger batches
 
 The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops and then on whole pictures,
-both towers of CLIP and then that for pictures alone, and latent diffusion. What this command does not know is handed
-to each of them.
+both towers of CLIP and then that for pictures alone, and latent diffusion, at last of what guidance makes. What this
+command does not know is handed to each of them.
 """
 
 import argparse
@@ -45,20 +45,23 @@ def main() -> None:
 
     def recipe(*names: str) -> list[Path]:
         files = [options.configs / f"{name}.yaml" for name in names]
-        return [*files, options.configs / "gpu" / files[-1].name] if options.gpu else files
+        return [*files, *(options.configs / "gpu" / file.name for file in files)] if options.gpu else files
 
     logs = train(work, "autoencoder", recipe("autoencoder"), words)
     logs = train(work, "autoencoder-whole", recipe("autoencoder", "autoencoder-whole"),
                  [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *words])
     train(work, "clip", recipe("clip"), [f"model.params.folder={tower}", *words])
     train(work, "clip-pictures", recipe("clip", "clip-pictures"), [f"model.params.folder={tower}", *words])
-    logs = train(work, "latent", recipe("latent"), [
+    parts = [
         f"model.params.first_stage_config.params.ckpt_path={logs}/checkpoints/last.ckpt",
         f"model.params.cond_stage_config.params.version={tower}",
         f"data.params.train.params.path={work}/latents",
         f"data.params.validation.params.path={work}/latents-validation",
         *words,
-    ])
+    ]
+    logs = train(work, "latent", recipe("latent"), parts)
+    logs = train(work, "latent-guided", recipe("latent", "latent-guided"),
+                 [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *parts])
     from ldm.training.assemble import assemble
 
     assemble(logs, options.out)

@@ -17,11 +17,12 @@ NARROW = 16
 def orthogonal(matrix: Tensor) -> Tensor:
     """The matrix (n, m) with its singular values all near 1, by Newton-Schulz iteration (Jordan et al. 2024)."""
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if tall else matrix).bfloat16()
+    x = (matrix.mT if tall else matrix).bfloat16().contiguous()
     x = x / (x.norm() + 1e-7)
     for _ in range(REPEATS):
         square = x @ x.mT
-        x = LINEAR * x + (CUBIC * square + QUINTIC * square @ square) @ x
+        factor = torch.addmm(square, square, square, beta=CUBIC, alpha=QUINTIC)  # the rest of the polynomial, fused
+        x = torch.addmm(x, factor, x, beta=LINEAR)
     return (x.mT if tall else x).to(matrix.dtype)
 
 

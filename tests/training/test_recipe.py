@@ -25,6 +25,7 @@ SMALL = {
                       "callbacks": {"exact_score": {"params": {"n": 2, "steps": 2}},
                                     "image_logger": {"params": {"disabled": True}}}},
     },
+    "latent-guided": {},
 }  # fmt: skip
 QUICK = {"lightning": {"trainer": {"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}}}
 

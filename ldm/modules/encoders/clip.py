@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.errors import ConfigError
+from ldm.modules.attention_ops import attention
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -91,7 +92,12 @@ class ClipOutput(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v over `heads` equal slices of the channels: (b, n, c) -> (b, n, c)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(-2)
+    if mask is not None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        earlier = positions(q.shape[2]) <= positions(q.shape[2]).mT
+        out = attention(q, k, v, q.shape[-1] ** -0.5, earlier.to(q.device) if causal else None)
+    return out.transpose(1, 2).flatten(-2)
 
 
 class ClipAttention(nn.Module):
