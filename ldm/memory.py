@@ -18,6 +18,7 @@ from ldm.errors import DeviceError, OutOfMemory
 from ldm.modules.attention_ops import set_attention
 from ldm.modules.bands import set_band
 from ldm.modules.encoders.general import AbstractEncoder
+from ldm.modules.packing import can_pack, pack, packable, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ WORKING_SPACE = 3 << 30  # bytes beside the weights that a picture of 512x512 is
 LEAST_SPACE = 1 << 30  # and with `low`
 
 # Of malloc.h: how many pieces come from the kernel one by one, and how many free bytes at the end are kept.
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
 
 # Weights of this many bytes and more, of these layers, can wait in main memory.
 LARGE = 1 << 18
@@ -118,17 +119,19 @@ def pick_memory(name: str, device: torch.device, weights: int, held: int = 0) ->
     return picked
 
 
-def keep_freed_memory() -> None:
-    """Let the C library of Linux keep what tensors leave for the next ones, for the rest of the process.
+def keep_freed_memory(most: int = WORKING_SPACE // 4) -> None:
+    """Let the C library of Linux keep what tensors leave for the next ones, up to `most` bytes, while the process runs.
 
-    By default it hands each large piece back at once, and the kernel clears the same pages anew for every layer.
+    By default it hands each large piece back at once, and the kernel clears the same pages anew for every layer. The
+    thread of a backward pass gets no pool of its own, which would not hold the larger ones.
     """
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, WORKING_SPACE // 4)
+        mallopt(M_TRIM_THRESHOLD, most)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def pick_attention(device: torch.device, saving: Saving) -> str:
@@ -143,7 +146,8 @@ def place(model: nn.Module, device: torch.device, memory: str = "auto") -> nn.Mo
     """Move a model to its device, its convolutions in channels_last, the layout that they compute in fastest.
 
     memory: auto, low or lowest (see Saving); its settings of bands and attention hold for the whole process. It may be
-    called again with a lower one, for a model that proved too large.
+    called again with a lower one, for a model that proved too large. With auto, and memory for it, the denoiser's
+    weights are kept in a second layout on processors that gain by it (`ldm.modules.packing`).
     """
     saving = SAVINGS[memory]
     set_band(saving.band)
@@ -159,7 +163,14 @@ def place(model: nn.Module, device: torch.device, memory: str = "auto") -> nn.Mo
         return tensor.to(device, memory_format=torch.contiguous_format if saving.network else torch.channels_last)
 
     with as_out_of_memory(f"{device} has no room for the model: try --memory lowest or --precision bf16"):
-        return model._apply(move)
+        model._apply(move)
+    if device.type == "cpu":
+        network = model.model.diffusion_model
+        unpack(network)
+        second = sum(layer.weight.nbytes for layer in packable(network))
+        if not saving.stages and can_pack() and free_memory(device) >= WORKING_SPACE + second:
+            pack(network)
+    return model
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """Muon: a matrix of weights moves by its momentum made orthogonal, as far in each direction as in every other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.optim import AdamW
 
 # The odd polynomial whose repetition takes every singular value in (0, 1] close to 1, and small ones fastest.
@@ -24,6 +25,19 @@ def orthogonal(matrix: Tensor) -> Tensor:
         factor = torch.addmm(square, square, square, beta=CUBIC, alpha=QUINTIC)  # the rest of the polynomial, fused
         x = torch.addmm(x, factor, x, beta=LINEAR)
     return (x.mT if tall else x).to(matrix.dtype)
+
+
+def all_orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each matrix; the processes of a run, which all hold the same ones, share the work."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [orthogonal(matrix) for matrix in matrices]
+    turn, turns = dist.get_rank(), dist.get_world_size()
+    found = [orthogonal(matrix).bfloat16() if number % turns == turn  # it has no more digits
+             else torch.zeros_like(matrix, dtype=torch.bfloat16) for number, matrix in enumerate(matrices)]
+    whole = torch.cat([matrix.flatten() for matrix in found])
+    dist.all_reduce(whole)
+    parts = whole.split([matrix.numel() for matrix in matrices])
+    return [part.view(matrix.shape).to(matrix.dtype) for part, matrix in zip(parts, matrices)]
 
 
 def is_matrix(weight: Tensor) -> bool:
@@ -50,21 +64,22 @@ class Muon(AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None and is_matrix(weight):
-                    self.move(weight, group["lr"], group["weight_decay"])
-                    weight.grad = None  # so that AdamW leaves it alone
+            weights = [weight for weight in group["params"] if weight.grad is not None and is_matrix(weight)]
+            towards = all_orthogonal([self.momentum_of(weight) for weight in weights])
+            for weight, matrix in zip(weights, towards):
+                length = self.rms * max(matrix.shape) ** 0.5  # its entries are 1 / sqrt(longer side)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(matrix.view_as(weight), alpha=-group["lr"] * length)
+                weight.grad = None  # so that AdamW leaves it alone
         super().step()
         return loss
 
-    def move(self, weight: Tensor, lr: float, decay: float) -> None:
-        """Move one matrix along its orthogonal momentum, that of Nesterov."""
+    def momentum_of(self, weight: Tensor) -> Tensor:
+        """The momentum of Nesterov of a weight whose gradient is new, as a matrix."""
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
             state["step"] = torch.tensor(0.0)  # as AdamW keeps for each weight, and looks for when a state is loaded
         state["step"] += 1
         mean = state["momentum"].mul_(self.momentum).add_(weight.grad)
-        towards = orthogonal(weight.grad.add(mean, alpha=self.momentum).flatten(1))
-        length = self.rms * max(towards.shape) ** 0.5  # an orthogonal matrix has entries of 1 / sqrt(longer side)
-        weight.mul_(1 - lr * decay).add_(towards.view_as(weight), alpha=-lr * length)
+        return weight.grad.add(mean, alpha=self.momentum).flatten(1)

@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ldm.config import merge_configs, model_section
 from ldm.data.module import DataModuleFromConfig
 from ldm.errors import CheckpointError, ConfigError, RequestError
+from ldm.memory import keep_freed_memory
 from ldm.training.options import read_overrides, trainer_options
 from ldm.training.state import LastCheckpoint, StepSeed, Stopped
 from ldm.util import instantiate_from_config
@@ -29,6 +30,7 @@ from ldm.util import instantiate_from_config
 logger = logging.getLogger(__name__)
 
 SEED = 23  # of a run that is given none
+KEPT_MEMORY = (1 << 31) - 1  # bytes that a step leaves for the next one on processors: the most that can be asked for
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         model.accumulate_grad_batches = settings.pop("accumulate_grad_batches", 1)
     trainer = make_trainer(settings, lightning, place, now, model, data, config)
     model.learning_rate = learning_rate(config, trainer, model, options.scale_lr)
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory(KEPT_MEMORY)
 
     if options.train:
         try:

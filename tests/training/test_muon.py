@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch import multiprocessing
 
-from ldm.training.muon import Muon, is_matrix, orthogonal
+from ldm.training.muon import Muon, all_orthogonal, is_matrix, orthogonal
+
+SHAPES = (32, 96), (20, 20), (96, 32)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -67,3 +71,19 @@ def test_what_it_remembers_goes_into_a_checkpoint_and_comes_back():
     half, state = run(2, start)
     torch.testing.assert_close(run(2, half, state)[0], whole, rtol=0, atol=0)
     assert (whole - 1).square().mean() < (start - 1).square().mean()
+
+
+def share(rank: int, meeting: str, out: str) -> None:
+    """Process number `rank` of two, which leaves what it ends up with in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    torch.save(all_orthogonal([drawn(*shape) for shape in SHAPES]), f"{out}{rank}")
+    dist.destroy_process_group()
+
+
+def test_the_processes_of_a_run_share_the_work_and_end_up_with_the_same(tmp_path):
+    multiprocessing.spawn(share, (str(tmp_path / "meeting"), str(tmp_path / "found")), nprocs=2)
+    whole = all_orthogonal([drawn(*shape) for shape in SHAPES])
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"found{rank}")
+        torch.testing.assert_close(found, whole, rtol=0, atol=0)
