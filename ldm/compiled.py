@@ -38,10 +38,13 @@ class Compiled:
         self.run = torch.compile(network.forward, backend=backend)
         self.folder = folder
         self.sizes: set[torch.Size] = set()
+        self.failure: DeviceError | None = None
 
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         if x.shape in self.sizes:
             return self.run(x, *others, **named)
+        if self.failure:  # another try would take as long to come to the same
+            raise self.failure
         logger.info("compiling for latents of %dx%d, %d at once, which takes long the first time",
                     x.shape[-1], x.shape[-2], len(x))
         from torch._dynamo.exc import BackendCompilerFailed
@@ -51,7 +54,8 @@ class Compiled:
             out = self.run(x, *others, **named)
         except BackendCompilerFailed as error:
             reason = str(error.inner_exception).strip()
-            raise DeviceError(f"--compile failed; leave it out, or mend what the compiler says: {reason}") from error
+            self.failure = DeviceError(f"--compile failed; leave it out, or mend what the compiler says: {reason}")
+            raise self.failure from error
         self.sizes.add(x.shape)
         logger.info("compiled in %.0f s; %s keeps it", time.perf_counter() - begun, self.folder)
         return out

@@ -5,6 +5,7 @@ ones do, is then a finding like any other.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -137,6 +138,10 @@ def torch_works(tried: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def imports(tried: Mapping[str, Any]) -> Iterator[Finding]:
+    if tried.get("torchvision"):
+        yield Finding("import", f"torchvision does not load, and with it neither training nor evaluation: "
+                      f"{tried['torchvision']}", "note",
+                      "pip uninstall torchvision, or install the build of it that fits that of torch")
     if tried.get("imports"):
         yield Finding("import", f"{', '.join(tried['imports'])} load")
     elif tried.get("torch"):
@@ -210,7 +215,7 @@ def attempt() -> dict[str, Any]:
 
 def probe() -> None:
     """Try each stage and write what it found as a line of JSON; what goes wrong ends the process."""
-    for stage in (probe_torch, probe_imports, probe_checkpoints):
+    for stage in (probe_torch, probe_torchvision, probe_imports, probe_checkpoints):
         sys.stdout.write(json.dumps({stage.__name__.removeprefix("probe_"): stage()}) + "\n")
         sys.stdout.flush()
 
@@ -239,6 +244,16 @@ def probe_torch() -> dict[str, Any]:
         devices.append(look("mps", "Metal"))
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "auto": str(pick_device()),
             "devices": devices}
+
+
+def probe_torchvision() -> str:
+    """Why torchvision does not load, which what trains and evaluates imports where it is there; empty if it does."""
+    if importlib.util.find_spec("torchvision"):
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:  # of another build than torch it ends in a RuntimeError
+            return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def probe_imports() -> list[str]:

@@ -68,15 +68,20 @@ def test_without_a_compiler_it_is_said_before_anything_is_read(monkeypatch, tmp_
         check_compiler(CPU)
 
 
-def test_a_compiler_that_fails_is_quoted_with_the_way_out(tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_quoted_with_the_way_out_and_not_tried_again(tmp_path, monkeypatch):
+    tries = []
+
     def backend(graph, inputs):
+        tries.append(graph)
         raise RuntimeError("fatal error: omp.h: No such file")
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     network = torch.nn.Conv2d(4, 4, 3)
     compile_network(network, CPU, backend=backend)
-    with pytest.raises(DeviceError, match=r"leave it out.*omp\.h: No such file"):
-        network(torch.randn(1, 4, 8, 8))
+    for side in (8, 8, 16):
+        with pytest.raises(DeviceError, match=r"leave it out.*omp\.h: No such file"):
+            network(torch.randn(1, 4, side, side))
+    assert len(tries) == 1
 
 
 def test_where_weights_come_and_go_nothing_is_compiled_and_it_is_said(checkpoint, tmp_path, monkeypatch, caplog):

@@ -106,6 +106,14 @@ def test_a_package_that_does_not_load_is_told_apart_from_pytorch(doctor):
     assert "libGL.so.1" in found["text"]
 
 
+def test_a_torchvision_of_another_build_than_torch_is_told_with_the_way_out(doctor):
+    run = doctor("--json", torchvision="raise RuntimeError('operator torchvision::nms does not exist')")
+    (found,) = (one for one in of(told(run), "import") if "torchvision" in one["text"])
+    assert found["state"] == "note"
+    assert found["text"].endswith("operator torchvision::nms does not exist")
+    assert "pip uninstall torchvision" in found["mend"]
+
+
 def test_it_runs_where_nothing_is_installed(doctor):
     run = doctor("--json", flags=("-I", "-S"))
     assert run.returncode == 1
