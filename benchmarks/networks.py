@@ -34,7 +34,6 @@ def read(tool) -> Run:
     return tool.read(torch.arange(2 * 77).reshape(2, 77))
 
 
-@torch.inference_mode()
 def compare(case: Case, settings: Settings) -> Measured:
     """Time `case.options`, a function of a tool and its arguments, on both sides, after their outputs agree; the calls
     that tell so are the ones that warm up.
@@ -43,15 +42,17 @@ def compare(case: Case, settings: Settings) -> Measured:
     """
     make, *given = case.options
     tools = [TOOLS[name](settings.files, precision) for name, precision in map(str.split, (case.ours, case.theirs))]
-    unguided = {"scale": 0.0} if make is denoise else {}
-    ours, theirs = (make(tool, *given, **unguided)() for tool in tools)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    most = max(AGREE[side.split()[1]] for side in (case.ours, case.theirs))
-    if not difference <= most:
-        raise ValueError(f"{case.title}: outputs are {difference:.1e} apart, more than {most:.0e}: nothing to compare")
-    guided = {"scale": 7.5} if make is denoise else {}
-    runs = [make(tool, *given, **guided) for tool in tools]
-    return Measured(*alternate(*runs, settings.rounds), difference)
+    with torch.inference_mode():  # in which neither side loads its weights, as in use
+        unguided = {"scale": 0.0} if make is denoise else {}
+        ours, theirs = (make(tool, *given, **unguided)() for tool in tools)
+        difference = float((ours - theirs).abs().max() / theirs.abs().max())
+        most = max(AGREE[side.split()[1]] for side in (case.ours, case.theirs))
+        if not difference <= most:
+            raise ValueError(f"{case.title}: outputs are {difference:.1e} apart, more than {most:.0e}: "
+                             "nothing to compare")
+        guided = {"scale": 7.5} if make is denoise else {}
+        runs = [make(tool, *given, **guided) for tool in tools]
+        return Measured(*alternate(*runs, settings.rounds), difference)
 
 
 def cases(name: str, what: str, options: tuple, goals: dict[tuple[str, str], float | None]) -> list[Case]:
