@@ -21,6 +21,8 @@ from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
+PART = "first_stage_model."  # what a diffusion model calls its autoencoder
+
 
 class Autoencoder(Module):
     """What both autoencoders share: the networks, checkpoints, EMA, and training against a discriminator.
@@ -65,8 +67,13 @@ class Autoencoder(Module):
         self.model_ema = LitEma(self, **options)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load the weights of a checkpoint, leaving out keys that start with one of `ignore_keys`."""
-        state = {key: w for key, w in read_checkpoint(path).items() if not key.startswith(tuple(ignore_keys))}
+        """Load the weights of a checkpoint, its own or a diffusion model's, of which the first stage is taken.
+
+        Keys that start with one of `ignore_keys` are left out.
+        """
+        state = read_checkpoint(path)
+        inner = {key.removeprefix(PART): w for key, w in state.items() if key.startswith(PART)}
+        state = {key: w for key, w in (inner or state).items() if not key.startswith(tuple(ignore_keys))}
         on_meta = self.quant_conv.weight.is_meta
         if on_meta:  # the weights become the module's own, so they must leave the mapped file
             state = {key: weight.clone() for key, weight in state.items()}

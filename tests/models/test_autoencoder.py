@@ -125,6 +125,15 @@ def test_the_identity_stage_hands_pictures_through():
     assert IdentityFirstStage(vq_interface=True).quantize(x) == (x, None, [None, None, None])
 
 
+def test_of_a_diffusion_model_s_checkpoint_the_first_stage_is_taken(tmp_path):
+    source = kl()
+    weights = {f"first_stage_model.{key}": weight for key, weight in source.state_dict().items()}
+    torch.save({"state_dict": {**weights, "model.diffusion_model.out.2.bias": torch.ones(4)}}, tmp_path / "model.ckpt")
+    model = AutoencoderKL(TINY | {"double_z": True}, IDENTITY, 3, str(tmp_path / "model.ckpt"))
+    for key, weight in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], weight)
+
+
 def test_weights_come_from_a_checkpoint_but_for_the_ignored(tmp_path):
     source = kl()
     torch.save({"state_dict": source.state_dict()}, tmp_path / "model.ckpt")
