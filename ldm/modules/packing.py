@@ -20,6 +20,9 @@ class Packed:
         self.made_of: tuple[int, ...] = ()
         self.weight: Tensor | None = None
 
+    def __reduce__(self):
+        return Packed, (self.layer,)  # a copy lays its own weight out
+
     def __call__(self, x: Tensor) -> Tensor:
         layer, weight = self.layer, self.layer.weight
         usual = torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.is_inference()

@@ -1,5 +1,8 @@
 """Weights in a second layout: the same answers whatever is done to them, and nothing where nothing is gained."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +74,18 @@ def test_names_and_weights_stay_and_unpacking_leaves_nothing():
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     unpack(network)
     assert not any("forward" in vars(layer) for layer in network.modules())
+
+
+def test_a_copy_goes_its_own_way():
+    network, x = layers(), inputs("conv")
+    pack(network)
+    before = network["conv"](x)
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(other["conv"](x), before)
+        other["conv"].weight.zero_()
+        other["conv"].bias.zero_()
+        assert not other["conv"](x).any()
+        torch.testing.assert_close(network["conv"](x), before)
 
 
 def test_small_layers_other_paddings_other_precisions_and_other_people_s_forwards_are_left_alone():

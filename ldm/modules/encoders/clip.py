@@ -94,9 +94,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if mask is not None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    else:
-        earlier = positions(q.shape[2]) <= positions(q.shape[2]).mT
-        out = attention(q, k, v, q.shape[-1] ** -0.5, earlier.to(q.device) if causal else None)
+    else:  # which knows what is fast backwards, too
+        place = positions(q.shape[2])
+        out = attention(q, k, v, q.shape[-1] ** -0.5, (place <= place.mT).to(q.device) if causal else None)
     return out.transpose(1, 2).flatten(-2)
 
 
