@@ -10,6 +10,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.adversarial import AdversarialLoss, named
 
 THUMBNAIL_SCALE = 2.0  # pictures in [-1, 1] vary by about a half, latents should by one
+SAME, OTHER = 0.1, 0.5  # colours in [-1, 1] nearer than that are of the ground, farther ones are not
 
 
 class DummyLoss(nn.Identity):
@@ -22,6 +23,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     thumbnail_weight: what it costs if the first three latent channels are not the picture made small, times 2. A latent
     that is as plain as that is easier to diffuse (Skorokhodov et al. 2025, "Improving the Diffusability of
     Autoencoders", ask the decoder for it, with a latent made small); the other channels hold what sharpens it.
+    silhouette_weight: what it costs if the channel after those is not the `silhouette` made small, times 2. What is of
+    which shape then stands in one channel, whatever the colours.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         disc_loss: str = "hinge",
         perceptual_files: str | Sequence[str] = (),
         thumbnail_weight: float = 0.0,
+        silhouette_weight: float = 0.0,
     ):
         super().__init__(
             disc_start,
@@ -55,6 +59,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         )
         self.kl_weight = kl_weight
         self.thumbnail_weight = thumbnail_weight
+        self.silhouette_weight = silhouette_weight
         self.pixel_weight = pixelloss_weight
         self.logvar = nn.Parameter(torch.full((), float(logvar_init)))
 
@@ -86,8 +91,12 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         adversarial, parts = self.generator_term(nll_loss, reconstructions, global_step, last_layer, cond)
         loss = weighted + self.kl_weight * kl_loss + adversarial
         if self.thumbnail_weight:
-            parts["thumbnail_loss"] = self.thumbnail_loss(inputs, posteriors.mean).sum() / batch
+            parts["thumbnail_loss"] = thumbnail_loss(inputs, posteriors.mean).sum() / batch
             loss = loss + self.thumbnail_weight * parts["thumbnail_loss"]
+        if self.silhouette_weight:
+            channel = posteriors.mean[:, inputs.shape[1]:inputs.shape[1] + 1]
+            parts["silhouette_loss"] = thumbnail_loss(silhouette(inputs), channel).sum() / batch
+            loss = loss + self.silhouette_weight * parts["silhouette_loss"]
         parts |= {
             "total_loss": loss,
             "logvar": self.logvar,
@@ -97,8 +106,19 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         }
         return loss, named(parts, split)
 
-    @staticmethod
-    def thumbnail_loss(inputs: Tensor, latents: Tensor) -> Tensor:
-        """The squared distance of the first channels of latents (b, z, h, w) from inputs (b, c, H, W) made small."""
-        small = THUMBNAIL_SCALE * F.adaptive_avg_pool2d(inputs, latents.shape[2:])
-        return (latents[:, :inputs.shape[1]] - small).square()
+
+def thumbnail_loss(inputs: Tensor, latents: Tensor) -> Tensor:
+    """The squared distance of the first channels of latents (b, z, h, w) from inputs (b, c, H, W) made small."""
+    small = THUMBNAIL_SCALE * F.adaptive_avg_pool2d(inputs, latents.shape[2:])
+    return (latents[:, :inputs.shape[1]] - small).square()
+
+
+def silhouette(pictures: Tensor) -> Tensor:
+    """What stands out from the ground of pictures (b, c, h, w) in [-1, 1]: (b, 1, h, w), 1 there and -1 elsewhere.
+
+    The ground is the mean colour along the picture's edge, so this is for pictures of things on a plain ground.
+    """
+    edges = (pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1])
+    ground = torch.cat(edges, dim=-1).mean(dim=-1)[..., None, None]
+    distance = (pictures - ground).norm(dim=1, keepdim=True)
+    return 2 * ((distance - SAME) / (OTHER - SAME)).clamp(0, 1) - 1

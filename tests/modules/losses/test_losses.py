@@ -7,7 +7,7 @@ from torch import nn
 from ldm.errors import ModelError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
-from ldm.modules.losses.contperceptual import DummyLoss
+from ldm.modules.losses.contperceptual import DummyLoss, silhouette
 from ldm.modules.losses.discriminator import NLayerDiscriminator, adopt_weight, hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator, measure_perplexity
@@ -58,6 +58,28 @@ def test_a_latent_that_is_not_the_picture_made_small_costs_by_the_square_of_the_
     loss, parts = kl_loss(thumbnail_weight=30.0)(x, reconstruction, posterior, 0, 9, last_layer)
     torch.testing.assert_close(parts["train/thumbnail_loss"], torch.tensor(3 * 4 * 4 * 0.5**2))
     torch.testing.assert_close(loss, plain + 30.0 * parts["train/thumbnail_loss"])
+
+
+def test_a_silhouette_is_what_differs_from_the_colour_along_the_edge():
+    picture = torch.empty(1, 3, 16, 16)
+    picture[:] = torch.tensor([-0.5, 0.2, 0.9]).view(1, 3, 1, 1)
+    picture[0, :, 4:9, 5:12] = torch.tensor([0.1, 0.1, 0.1]).view(3, 1, 1)
+    picture[0, 0, 12, 12] += 0.05  # a change of light
+    picture[0, 0, 13, 3] += 0.3  # half way to another colour
+    shape = torch.full((1, 1, 16, 16), -1.0)
+    shape[..., 4:9, 5:12], shape[..., 13, 3] = 1.0, 0.0
+    torch.testing.assert_close(silhouette(picture), shape)
+
+
+def test_the_channel_after_the_thumbnail_is_asked_to_be_the_silhouette_made_small(pictures):
+    _, reconstruction, last_layer = pictures
+    x = torch.zeros(2, 3, 32, 32)
+    x[1, :, 8:16, 8:16] = 1.0  # one latent pixel of a patch
+    posterior = DiagonalGaussianDistribution(torch.zeros(2, 8, 4, 4))
+    plain, _ = kl_loss()(x, reconstruction, posterior, 0, 9, last_layer)
+    loss, parts = kl_loss(silhouette_weight=3.0)(x, reconstruction, posterior, 0, 9, last_layer)
+    torch.testing.assert_close(parts["train/silhouette_loss"], torch.tensor(4 * 4 * 2.0**2))
+    torch.testing.assert_close(loss, plain + 3.0 * parts["train/silhouette_loss"])
 
 
 def test_the_adaptive_weight_balances_both_gradients_at_the_last_layer(pictures):
