@@ -18,15 +18,51 @@ class CachedLatentDiffusion(LatentDiffusion):
     """LatentDiffusion whose batches hold moments (b, h, w, 2c), as `ldm.data.latents` keeps them, in place of pictures.
 
     The weights, their names and the mathematics are those of LatentDiffusion, under whose name the result is run.
+
+    windows: {"side", "each", "timestep_density"} adds the loss of so many windows of each picture, cut where it
+    changes, at timesteps of a density of their own: what is drawn there is then learnt from fewer positions (Wang et
+    al. 2023, "Patch Diffusion").
+    sample_posterior: whether latents are drawn from the posterior, as usual, or are its mean, whose outlines are finer
+    than the noise of a draw lets the last steps learn.
     """
+
+    def __init__(self, *args, windows: Mapping | None = None, sample_posterior: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.windows = windows
+        self.sample_posterior = sample_posterior
+
+    def forward(self, x: Tensor, c: Tensor, *args, **kwargs) -> tuple[Tensor, dict]:
+        """The loss of latents x (b, c, h, w), in training with that of their windows, and its parts by name."""
+        loss, parts = super().forward(x, c, *args, **kwargs)
+        if self.windows and self.training:
+            each = self.windows["each"]
+            t = self.timesteps_around(len(x) * each, **self.windows["timestep_density"])
+            near, _ = self.diffusion_loss(cut(x, each, self.windows["side"]), c.repeat_interleave(each, dim=0), t, None)
+            loss, parts = loss + near, parts | {"train/loss_windows": near}
+        return loss, parts
 
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
         """The posterior whose moments these are."""
-        return DiagonalGaussianDistribution(x)
+        return DiagonalGaussianDistribution(x, deterministic=not self.sample_posterior)
 
     def log_images(self, batch: Mapping, **options) -> dict[str, Tensor]:
         """What LatentDiffusion shows but for the inputs, which are no pictures here."""
         return {name: image for name, image in super().log_images(batch, **options).items() if name != "inputs"}
+
+
+def cut(x: Tensor, each: int, side: int) -> Tensor:
+    """`each` squares of each of x (b, c, h, w), (b * each, c, side, side), of places drawn by how much x changes there.
+
+    A place lies anywhere in its square, which never leaves x and is at most as long as its shorter side.
+    """
+    side = min(side, *x.shape[-2:])
+    across, down = (x.diff(dim=dim, append=x.narrow(dim, -1, 1)) for dim in (-1, -2))
+    change = (across.square() + down.square()).sum(dim=1)
+    places = change.flatten(1).clamp(min=1e-6).multinomial(each, replacement=True).flatten()
+    shift = torch.randint(side, (2, len(places)), device=x.device)
+    top = (places // x.shape[-1] - shift[0]).clamp(0, x.shape[-2] - side).tolist()
+    left = (places % x.shape[-1] - shift[1]).clamp(0, x.shape[-1] - side).tolist()
+    return torch.stack([x[i // each, :, a:a + side, b:b + side] for i, (a, b) in enumerate(zip(top, left))])
 
 
 class ExactScore(pl.Callback):

@@ -66,11 +66,10 @@ class Training:
         ucg_training: {batch key: {"p": probability, "val": what replaces the entry}}, the dropping of conditions that
         classifier-free guidance needs. min_snr_gamma: weight of Hang et al. 2023, off if None. offset_noise: scale of a
         noise shared by all pixels of a channel, so that the mean brightness is learned too. timestep_density: {"mean",
-        "std"} of the normal whose sigmoid is the share of the way to pure noise that training draws (Esser et al. 2024,
-        eq. 19), so that the steps where a picture takes shape are seen more often; uniform if None. optimizer_config:
-        {"target", "params"} of another optimizer than AdamW. trained_guidance: the guidance scale at which a model of
-        captions is trained to be right, 1 if None; see `guided`. Settings of the training forks are left out with a
-        warning; ConfigError names every other keyword that is not known.
+        "std"} for `timesteps_around`, so that the steps where a picture takes shape are seen more often; uniform if
+        None. optimizer_config: {"target", "params"} of another optimizer than AdamW. trained_guidance: the guidance
+        scale at which a model of captions is trained to be right, 1 if None; see `guided`. Settings of the training
+        forks are left out with a warning; ConfigError names every other keyword that is not known.
         """
         unknown = sorted(others.keys() - FORK_SETTINGS)
         if unknown:
@@ -165,10 +164,13 @@ class Training:
     def draw_timesteps(self, x: Tensor) -> Tensor:
         """One trained timestep for each of a batch, (b,): each as likely as the other, but for `timestep_density`."""
         if self.timestep_density and self.training:
-            normal = torch.randn(x.shape[0], device=self.device)
-            share = (self.timestep_density["mean"] + self.timestep_density["std"] * normal).sigmoid()
-            return (share * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+            return self.timesteps_around(len(x), **self.timestep_density)
         return torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device)
+
+    def timesteps_around(self, n: int, mean: float, std: float) -> Tensor:
+        """(n,) timesteps whose share of the way to noise is the sigmoid of a normal (Esser et al. 2024, eq. 19)."""
+        share = (mean + std * torch.randn(n, device=self.device)).sigmoid()
+        return (share * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
 
     def min_snr_weight(self, t: Tensor) -> Tensor:
         """min(SNR, gamma) as a weight on this parameterization's loss, (b,) (Hang et al. 2023)."""
