@@ -3,9 +3,9 @@
     python scripts/train_shapes.py         # on two processor cores
     python scripts/train_shapes.py --gpu   # on a GPU, in larger batches
 
-The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops and then on whole pictures,
-both towers of CLIP and then that for pictures alone, and latent diffusion, at last of what guidance makes. What this
-command does not know is handed to each of them.
+The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops, then on whole pictures and
+at last at a low rate, both towers of CLIP and then that for pictures alone, and latent diffusion, at last of what
+guidance makes. What this command does not know is handed to each of them.
 """
 
 import argparse
@@ -48,8 +48,9 @@ def main() -> None:
         return [*files, *(options.configs / "gpu" / file.name for file in files)] if options.gpu else files
 
     logs = train(work, "autoencoder", recipe("autoencoder"), words)
-    logs = train(work, "autoencoder-whole", recipe("autoencoder", "autoencoder-whole"),
-                 [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *words])
+    for later in (["autoencoder-whole"], ["autoencoder-whole", "autoencoder-fine"]):
+        logs = train(work, later[-1], recipe("autoencoder", *later),
+                     [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *words])
     train(work, "clip", recipe("clip"), [f"model.params.folder={tower}", *words])
     train(work, "clip-pictures", recipe("clip", "clip-pictures"), [f"model.params.folder={tower}", *words])
     parts = [

@@ -16,6 +16,7 @@ SMALL = {
     "autoencoder": {"data": {"params": {"batch_size": 2, "validation": {"params": {"n": 1}}}},
                     "lightning": {"trainer": {"devices": 1, "strategy": "auto"}}},
     "autoencoder-whole": {"data": {"params": {"batch_size": 1}}, "lightning": {"trainer": {"max_steps": 2}}},
+    "autoencoder-fine": {},
     "clip": {"data": {"params": {"batch_size": 4, "validation": {"params": {"n": 4}}}}},
     "clip-pictures": {},
     "latent": {
