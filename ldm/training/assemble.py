@@ -15,8 +15,8 @@ from ldm.modules.encoders.files import REPOSITORY
 
 # What a config says of training alone, at the top of its params and in those of its first stage.
 TRAINING_PARAMS = ("ckpt_path", "ignore_keys", "min_snr_gamma", "monitor", "offset_noise", "optimizer_config",
-                   "sample_posterior", "scheduler_config", "timestep_density", "trained_guidance", "ucg_training",
-                   "use_ema", "windows")
+                   "reset_ema", "sample_posterior", "scheduler_config", "timestep_density", "trained_guidance",
+                   "ucg_training", "use_ema", "windows")
 
 # What reads a prompt as the model does, for a warning where it cannot be read.
 GRAMMAR = {"target": "ldm.data.shapes.parse"}
