@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint.diffusers import NETWORKS
 from ldm.models.base import Module
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -20,8 +21,6 @@ from ldm.modules.vqvae import VectorQuantizer
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
-
-PART = "first_stage_model."  # what a diffusion model calls its autoencoder
 
 
 class Autoencoder(Module):
@@ -72,7 +71,8 @@ class Autoencoder(Module):
         Keys that start with one of `ignore_keys` are left out.
         """
         state = read_checkpoint(path)
-        inner = {key.removeprefix(PART): w for key, w in state.items() if key.startswith(PART)}
+        part = NETWORKS["vae"]
+        inner = {key.removeprefix(part): w for key, w in state.items() if key.startswith(part)}
         state = {key: w for key, w in (inner or state).items() if not key.startswith(tuple(ignore_keys))}
         on_meta = self.quant_conv.weight.is_meta
         if on_meta:  # the weights become the module's own, so they must leave the mapped file
