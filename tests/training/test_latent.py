@@ -105,6 +105,17 @@ def small_model(**options) -> CachedLatentDiffusion:
     )  # fmt: skip
 
 
+def test_timesteps_of_a_density_follow_it_and_each_batch_covers_it():
+    model = small_model()
+    draws = torch.stack([model.timesteps_around(8, mean=-0.5, std=0.7) for _ in range(500)])
+    normal = (torch.logit((draws + 0.5) / 1000) + 0.5) / 0.7
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+    eighths = (torch.special.ndtr(normal) * 8).long().clamp(max=7)
+    covered = [len(set(batch.tolist())) for batch in eighths]
+    assert sum(covered) / len(covered) > 7.5  # rounding to whole timesteps may move one over a border
+    assert len(draws.unique()) > 200
+
+
 def test_the_loss_of_windows_is_added_in_training_at_timesteps_of_their_own(batch):
     windows = {"side": 4, "each": 3, "timestep_density": {"mean": -4.0, "std": 0.1}}
     model, seen = small_model(windows=windows), []
