@@ -4,8 +4,8 @@
     python scripts/train_shapes.py --gpu   # on a GPU, in larger batches
 
 The stages are runs of main.py with the configs in configs/shapes: the autoencoder on crops, then on whole pictures and
-at last at a low rate, both towers of CLIP and then that for pictures alone, and latent diffusion, at last of what
-guidance makes. What this command does not know is handed to each of them.
+at last at a low rate, both towers of CLIP and then that for pictures alone, and latent diffusion, then on what it draws
+itself, put right, and at last on what guidance makes. What this command does not know is handed to each of them.
 """
 
 import argparse
@@ -56,13 +56,14 @@ def main() -> None:
     parts = [
         f"model.params.first_stage_config.params.ckpt_path={logs}/checkpoints/last.ckpt",
         f"model.params.cond_stage_config.params.version={tower}",
-        f"data.params.train.params.path={work}/latents",
         f"data.params.validation.params.path={work}/latents-validation",
         *words,
     ]
-    logs = train(work, "latent", recipe("latent"), parts)
-    logs = train(work, "latent-guided", recipe("latent", "latent-guided"),
-                 [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *parts])
+    logs = train(work, "latent", recipe("latent"), [f"data.params.train.params.path={work}/latents", *parts])
+    parts.append(f"data.params.train.params.path={work}/redrawn")
+    for later in (["latent-redrawn"], ["latent-redrawn", "latent-guided"]):
+        logs = train(work, later[-1], recipe("latent", *later),
+                     [f"model.params.ckpt_path={logs}/checkpoints/last.ckpt", *parts])
     from ldm.training.assemble import assemble
 
     assemble(logs, options.out)

@@ -249,6 +249,16 @@ def scene_for(caption: Caption | str, rng: Random) -> Scene:
     return Scene(caption.background, things, caption.relation, rng.uniform(0, 360))
 
 
+def allowed(thing: Thing) -> Thing:
+    """A thing as near as the world lets it come: its span and rotation within their ranges, all of it off the edge."""
+    low, high = SIZES[thing.size] if thing.size else PAIR_SIZE
+    span = min(max(thing.span, low), high)
+    rotation = min(max(thing.rotation, -MAX_ROTATION), MAX_ROTATION)
+    before, after = _box(thing.shape, span, rotation)
+    x, y = np.clip((thing.x, thing.y), EDGE + before, 1 - EDGE - after).tolist()
+    return replace(thing, x=x, y=y, span=span, rotation=rotation)
+
+
 def _box(shape: str, span: float, rotation: float) -> tuple[np.ndarray, np.ndarray]:
     """How far a shape reaches from its centre: ((-x, -y), (+x, +y)), all positive."""
     points = _turned(outline(shape), rotation) * span

@@ -186,10 +186,9 @@ def _outlined(pixels: np.ndarray, ground: np.ndarray, seed: np.ndarray, allowed:
 
 def _recognised(colour: str, alpha: np.ndarray) -> Seen:
     """The object that covers `alpha`: of the shape that overlaps it best, if it does so clearly."""
-    framed, (x, y), scale = _framed(alpha)
+    framed, centroid, scale = _framed(alpha)
     ideals = _ideals()
-    smaller = np.minimum(ideals.frames, framed).sum(axis=(1, 2))
-    overlaps = smaller / (ideals.frames.sum(axis=(1, 2)) + framed.sum() - smaller)
+    overlaps = _overlaps(framed)
     best = int(overlaps.argmax())
     shape = ideals.shapes[best]
     lead = overlaps[best] - overlaps[ideals.shapes != shape].max()
@@ -200,20 +199,40 @@ def _recognised(colour: str, alpha: np.ndarray) -> Seen:
         and lead >= MIN_LEAD
         and holes == (1 if shape == "ring" else 0)
     )
-    span = float(ideals.spans[best] * scale / SIDE)
+    x, y, span = _placed(best, centroid, scale)
     sizes = (size for size, (low, high) in SIZES.items() if low - SIZE_TOLERANCE <= span <= high + SIZE_TOLERANCE)
-    dx, dy = ideals.centres[best] * scale
     return Seen(
         colour=colour,
         shape=str(shape) if clear else None,
         size=next(sizes, None),
-        x=float(x + dx) / SIDE,
-        y=float(y + dy) / SIDE,
+        x=x,
+        y=y,
         span=span,
         rotation=float(ideals.angles[best]),
         overlap=float(overlaps[best]),
         mask=mask,
     )
+
+
+def fitted(seen: Seen, noun: Noun) -> Thing:
+    """What a noun names, in the place, span and rotation that overlap best with something seen, whatever that is."""
+    framed, centroid, scale = _framed(seen.mask.astype(np.float32))
+    ideals = _ideals()
+    best = int(np.where(ideals.shapes == noun.shape, _overlaps(framed), -1).argmax())
+    return Thing(noun.colour, noun.shape, noun.size, *_placed(best, centroid, scale), float(ideals.angles[best]))
+
+
+def _overlaps(framed: np.ndarray) -> np.ndarray:
+    """Intersection over union of a framed area with each of the ideals."""
+    frames = _ideals().frames
+    smaller = np.minimum(frames, framed).sum(axis=(1, 2))
+    return smaller / (frames.sum(axis=(1, 2)) + framed.sum() - smaller)
+
+
+def _placed(ideal: int, centroid: tuple[float, float], scale: float) -> tuple[float, float, float]:
+    """The centre and span, in sides of the picture, of an ideal of a centroid and a root of the area in pixels."""
+    (x, y), (dx, dy) = centroid, _ideals().centres[ideal] * scale
+    return float(x + dx) / SIDE, float(y + dy) / SIDE, float(_ideals().spans[ideal] * scale / SIDE)
 
 
 def _framed(alpha: np.ndarray, fit: float = 1.0) -> tuple[np.ndarray, tuple[float, float], float]:

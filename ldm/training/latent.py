@@ -31,6 +31,12 @@ class CachedLatentDiffusion(LatentDiffusion):
         self.windows = windows
         self.sample_posterior = sample_posterior
 
+    def shared_step(self, batch: Mapping, **kwargs) -> tuple[Tensor, dict]:
+        """The loss of a batch, with its own `noise` (b, h, w, c) where it holds one."""
+        if "noise" in batch:
+            kwargs["noise"] = batch["noise"].movedim(-1, 1)
+        return super().shared_step(batch, **kwargs)
+
     def forward(self, x: Tensor, c: Tensor, *args, **kwargs) -> tuple[Tensor, dict]:
         """The loss of latents x (b, c, h, w), in training with that of their windows, and its parts by name."""
         loss, parts = super().forward(x, c, *args, **kwargs)

@@ -26,6 +26,9 @@ SMALL = {
                       "callbacks": {"exact_score": {"params": {"n": 2, "steps": 2}},
                                     "image_logger": {"params": {"disabled": True}}}},
     },
+    "latent-redrawn": {
+        "data": {"params": {"batch_size": 2, "train": {"params": {"steps": 2, "source": {"params": {"n": 4}}}}}},
+    },
     "latent-guided": {},
 }  # fmt: skip
 QUICK = {"lightning": {"trainer": {"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}}}
