@@ -93,15 +93,21 @@ class ExactScore(pl.Callback):
             pl_module.log(f"val/exact_{name}", float(np.mean([getattr(found, name) for found in scores])))
         pl_module.log("val/exact", float(np.mean([found.right for found in scores])), prog_bar=True)
 
-    @torch.no_grad()
     def draw(self, model: LatentDiffusion, captions: list[str]) -> list:
         """The scores of one picture for each caption."""
-        guidance = {
-            "unconditional_guidance_scale": self.scale,
-            "unconditional_conditioning": model.get_learned_conditioning([""] * len(captions)),
-        }
-        cond = model.get_learned_conditioning(captions)
-        latents, _ = model.sample_log(cond, len(captions), True, self.steps, eta=0.0, **guidance)
-        pixels = (model.decode_first_stage(latents).clamp(-1, 1) + 1) * 127.5
-        pictures = pixels.round().byte().movedim(1, -1).cpu().numpy()
-        return [score(picture, caption) for picture, caption in zip(pictures, captions)]
+        return list(map(score, pictures(model, captions, self.scale, self.steps), captions))
+
+
+@torch.no_grad()
+def pictures(
+    model: LatentDiffusion, captions: list[str], scale: float, steps: int, noise: Tensor | None = None
+) -> np.ndarray:
+    """What a model draws of captions by DDIM at a guidance scale, from noise (b, c, h, w): uint8 (b, h, w, 3)."""
+    guidance = {
+        "unconditional_guidance_scale": scale,
+        "unconditional_conditioning": model.get_learned_conditioning([""] * len(captions)),
+    }
+    cond = model.get_learned_conditioning(captions)
+    latents, _ = model.sample_log(cond, len(captions), True, steps, eta=0.0, x_T=noise, **guidance)
+    pixels = (model.decode_first_stage(latents).float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().byte().movedim(1, -1).cpu().numpy()

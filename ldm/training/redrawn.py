@@ -6,18 +6,17 @@ becomes straight. This is reflow (Liu et al. 2022, "Flow Straight and Fast", sec
 which is put right: what the caption names, with true outlines and colours, in the places that the model chose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from random import Random
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import Module
-from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.latents import Batches, CachedLatents, encoder, fill
+from ldm.data.latents import CachedLatents, Examples
 from ldm.data.shapes import RELATIONS, Scene, Thing, allowed, draw, holds, object_masks, parse, scene_for
 from ldm.evaluation.shapes import fitted, read
+from ldm.training.latent import pictures
 from ldm.util import instantiate_from_config
 
 
@@ -34,47 +33,25 @@ class RedrawnLatents(CachedLatents):
         super().__init__(*args, **kwargs)
         self.noise = np.load(self.folder / "noise.npy", mmap_mode="r")
 
-    def fill(self, source: Dataset, first_stage: Module, batch_size: int, num_workers: int) -> None:
-        """Draw and encode a picture of every caption into moments.npy and noise.npy, float16 (n, h, w, 2c and c)."""
-        encode = encoder(first_stage)
-        model = instantiate_from_config(self.model).eval()
-        if torch.cuda.is_available():
-            model = model.cuda()
+    def examples(self, batches: Iterable[Mapping], first_stage: Module, start: int) -> Examples:
+        """The noise, the moments of what it leads to once that is redrawn, and the captions."""
+        model = instantiate_from_config(self.model).eval().to(self.device, memory_format=torch.channels_last)
         shape = (model.channels, model.image_size, model.image_size)
-
-        def batches(start: int) -> Batches:
-            rest = torch.utils.data.Subset(source, range(start, len(source)))
-            for texts in DataLoader(rest, batch_size, num_workers=num_workers, collate_fn=texts_of):
+        with model.ema_scope():
+            for batch in batches:
+                texts = batch["caption"]
                 numbers = range(start, start := start + len(texts))
                 noise = np.stack([np.random.default_rng((self.seed, number)).standard_normal(shape, np.float32)
                                   for number in numbers])
-                drawn = pictures(model, texts, torch.from_numpy(noise), self.scale, self.steps)
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    drawn = pictures(model, texts, self.scale, self.steps, torch.from_numpy(noise).to(self.device))
                 ends = [draw(redrawn(picture, text, Random(f"{self.seed}/{number}")), side=len(picture))
                         for picture, text, number in zip(drawn, texts, numbers)]
-                moments = encode(torch.from_numpy(np.stack(ends)).float() / 127.5 - 1)
+                moments = self.encode(first_stage, torch.from_numpy(np.stack(ends)).float() / 127.5 - 1)
                 yield {"moments": moments, "noise": np.moveaxis(noise, 1, -1)}, texts
-
-        fill(self.folder, len(source), batches)
 
     def __getitem__(self, index: int) -> dict:
         return super().__getitem__(index) | {"noise": self.noise[index].astype(np.float32)}
-
-
-def texts_of(examples: list[dict]) -> list[str]:
-    return [example["caption"] for example in examples]
-
-
-@torch.no_grad()
-def pictures(model: Module, captions: list[str], noise: Tensor, scale: float, steps: int) -> list[np.ndarray]:
-    """What a LatentDiffusion draws of captions from noise (b, c, h, w), each uint8 (h, w, 3)."""
-    with model.ema_scope(), torch.autocast(model.device.type, torch.bfloat16):
-        latents, _ = model.sample_log(
-            model.get_learned_conditioning(captions), len(captions), True, steps, eta=0.0, x_T=noise.to(model.device),
-            unconditional_guidance_scale=scale,
-            unconditional_conditioning=model.get_learned_conditioning([""] * len(captions)),
-        )  # fmt: skip
-        pixels = (model.decode_first_stage(latents).float().clamp(-1, 1) + 1) * 127.5
-    return list(pixels.round().byte().movedim(1, -1).cpu().numpy())
 
 
 def redrawn(picture: np.ndarray, caption: str, rng: Random) -> Scene:
